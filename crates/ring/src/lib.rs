@@ -1,0 +1,24 @@
+//! Arithmetic of veiltune, without any I/O: everything the protocols compute, they compute in Z_{2^64}.
+//!
+//! - [`Ring`]: contiguous tensors of wrapping 64-bit integers, with broadcasting and views;
+//! - [`Ring::matmul`], [`Ring::matmul_nt`], [`Packed`]: matrix products by the fastest kernel that the processor
+//!   runs (AVX-512, AVX2, NEON or portable, equal bit for bit);
+//! - [`codec`]: real numbers to fixed point and back;
+//! - [`prg`]: seeds, and the AES-128-CTR streams that masks are drawn from.
+//!
+//! Work is spread over the *current* rayon pool, and stays on the calling thread where that pool has one thread or
+//! the tensor is small. No result depends on the number of threads or on the kernel.
+
+pub mod codec;
+mod error;
+mod gemm;
+pub mod harmonics;
+pub mod prg;
+mod shape;
+mod simd;
+mod tensor;
+
+pub use error::Error;
+pub use gemm::Packed;
+pub use shape::{broadcast_shape, matmul_nt_shape, matmul_shape};
+pub use tensor::Ring;

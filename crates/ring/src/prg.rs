@@ -1,0 +1,207 @@
+//! The pseudorandom generator that masks and correlated randomness come from: AES-128 in counter mode.
+//!
+//! A [`Seed`] is the AES key. Who draws from it names a *gate* (64 bits) and a *slot* within it (16 bits); the
+//! 128-bit counter block is `gate | slot | block number` (big-endian, 48 bits for the number), so that streams of
+//! different names never overlap, however long they are. AES-NI, VAES and the ARM instructions are used where the
+//! processor has them.
+
+use std::fmt;
+
+use aes::cipher::{BlockCipherEncrypt, KeyInit};
+use aes::{Aes128, Block};
+use sha2::{Digest, Sha256};
+use zeroize::{Zeroize, ZeroizeOnDrop};
+
+use crate::simd::{fill_rows, vectorised};
+use crate::{Error, Ring};
+
+/// A secret 128-bit seed; wiped from memory when dropped, never shown by `Debug`.
+#[derive(Clone, Zeroize, ZeroizeOnDrop)]
+pub struct Seed([u8; 16]);
+
+impl Seed {
+    /// A fresh seed from the operating system.
+    ///
+    /// # Errors
+    /// [`Error::Random`] if it has none to give.
+    pub fn random() -> Result<Seed, Error> {
+        let mut bytes = [0; 16];
+        getrandom::fill(&mut bytes).map_err(|_| Error::Random)?;
+        Ok(Seed(bytes))
+    }
+
+    /// The seed with these bytes.
+    pub fn from_bytes(bytes: [u8; 16]) -> Seed {
+        Seed(bytes)
+    }
+
+    /// The bytes themselves, for sending them to the party that shares the seed.
+    pub fn expose(&self) -> &[u8; 16] {
+        &self.0
+    }
+
+    /// The child seed for `label`: the first half of SHA-256 over a fixed prefix, this seed and the label. Children
+    /// of different labels are independent, and none tells anything about its parent.
+    pub fn derive(&self, label: &[u8]) -> Seed {
+        let hash = Sha256::new()
+            .chain_update(b"veiltune-ring seed v1\0")
+            .chain_update(self.0);
+        let mut digest: [u8; 32] = hash.chain_update(label).finalize().into();
+        let mut child = Seed([0; 16]);
+        child.0.copy_from_slice(&digest[..16]);
+        digest.zeroize();
+        child
+    }
+}
+
+impl fmt::Debug for Seed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Seed(..)")
+    }
+}
+
+/// Blocks encrypted at a time: several rounds of the widest AES backend, and still well inside the first cache.
+const BATCH: usize = 256;
+/// Bytes of one AES block.
+const BLOCK: u64 = 16;
+/// Blocks in one stream.
+const STREAM: u64 = 1 << 48;
+
+/// One stream of pseudorandom bytes. It is the same whatever the sizes of the pieces it is drawn in; words and
+/// blocks are read from it in little-endian order.
+#[derive(Clone)]
+pub struct Prg {
+    cipher: Aes128,
+    gate: u64,
+    slot: u16,
+    /// Bytes drawn so far.
+    position: u64,
+}
+
+impl Prg {
+    /// The stream named `gate`, `slot` under `seed`, at its start.
+    pub fn new(seed: &Seed, gate: u64, slot: u16) -> Prg {
+        Prg {
+            cipher: Aes128::new(&seed.0.into()),
+            gate,
+            slot,
+            position: 0,
+        }
+    }
+
+    /// Moves to the start of a 16-byte block, counted from the start of the stream.
+    ///
+    /// # Panics
+    /// If `block` is 2^48 or more: no stream is that long.
+    pub fn seek(&mut self, block: u64) {
+        assert!(block < STREAM, "a stream has 2^48 blocks");
+        self.position = block * BLOCK;
+    }
+
+    /// Fills `out` with the next words.
+    pub fn fill_u64(&mut self, out: &mut [u64]) {
+        self.fill(out, u64::from_le_bytes);
+    }
+
+    /// Fills `out` with the next bytes.
+    pub fn fill_bytes(&mut self, out: &mut [u8]) {
+        self.fill(out, u8::from_le_bytes);
+    }
+
+    /// The next `n` words.
+    pub fn vec(&mut self, n: usize) -> Vec<u64> {
+        let mut out = vec![0; n];
+        self.fill_u64(&mut out);
+        out
+    }
+
+    /// A uniform tensor of shape `dims`.
+    pub fn ring(&mut self, dims: impl Into<Vec<usize>>) -> Ring {
+        let mut out = Ring::zeros(dims);
+        self.fill_u64(out.make_mut());
+        out
+    }
+
+    /// The next `n` 128-bit blocks.
+    pub fn blocks(&mut self, n: usize) -> Vec<u128> {
+        let mut out = vec![0; n];
+        self.fill(&mut out, u128::from_le_bytes);
+        out
+    }
+
+    /// `n` uniform words below 2^`bits`, each drawn from 1, 2, 4 or 8 bytes of the stream: the fewest that hold it.
+    ///
+    /// # Panics
+    /// If `bits` exceeds 64.
+    pub fn bits(&mut self, n: usize, bits: u32) -> Vec<u64> {
+        assert!(bits <= 64, "a word has 64 bits");
+        let mask = u64::MAX.checked_shr(64 - bits).unwrap_or(0);
+        let mut out = vec![0; n];
+        match bits {
+            0..=8 => self.fill(&mut out, |b| u64::from(u8::from_le_bytes(b)) & mask),
+            9..=16 => self.fill(&mut out, |b| u64::from(u16::from_le_bytes(b)) & mask),
+            17..=32 => self.fill(&mut out, |b| u64::from(u32::from_le_bytes(b)) & mask),
+            _ => self.fill(&mut out, |b| u64::from_le_bytes(b) & mask),
+        }
+        out
+    }
+
+    /// Fills `out` with what `read` makes of `N` bytes each.
+    fn fill<T: Send, const N: usize>(&mut self, out: &mut [T], read: impl Fn([u8; N]) -> T + Sync) {
+        let bytes = (out.len() as u64)
+            .checked_mul(N as u64)
+            .and_then(|n| self.position.checked_add(n));
+        let end = bytes
+            .filter(|&end| end <= STREAM * BLOCK)
+            .expect("a stream has 2^48 blocks");
+        let start = self.position;
+        fill_rows(out, 1, |first, piece| {
+            self.fill_at(start + (first * N) as u64, piece, &read)
+        });
+        self.position = end;
+    }
+
+    fn fill_at<T, const N: usize>(&self, position: u64, mut out: &mut [T], read: impl Fn([u8; N]) -> T) {
+        let mut buffer = [Block::default(); BATCH];
+        let (mut block, mut skip) = (position / BLOCK, (position % BLOCK) as usize);
+        while !out.is_empty() {
+            let wanted = (skip + out.len() * N).div_ceil(BLOCK as usize);
+            let blocks = &mut buffer[..wanted.min(BATCH)];
+            counters(self.gate, self.slot, block, blocks);
+            self.cipher.encrypt_blocks(blocks);
+            let bytes = &Block::slice_as_flattened(blocks)[skip..];
+            let whole = (bytes.len() / N).min(out.len());
+            let (now, later) = out.split_at_mut(whole);
+            for (o, b) in now.iter_mut().zip(bytes.as_chunks::<N>().0) {
+                *o = read(*b);
+            }
+            // Where elements straddle blocks, start again inside the block that the next one begins in.
+            let next = skip + whole * N;
+            block += next as u64 / BLOCK;
+            skip = next % BLOCK as usize;
+            out = later;
+        }
+    }
+}
+
+vectorised! {
+    fn counters(gate: u64, slot: u16, first: u64, blocks: &mut [Block]) {
+        let low = u64::from(slot) << 48 | first;
+        for (n, block) in (0..).zip(blocks) {
+            block[..8].copy_from_slice(&gate.to_be_bytes());
+            block[8..].copy_from_slice(&(low + n).to_be_bytes());
+        }
+    }
+}
+
+impl fmt::Debug for Prg {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Prg {
+            gate, slot, position, ..
+        } = self;
+        write!(
+            f,
+            "Prg {{ gate: {gate}, slot: {slot}, position: {position}, .. }}"
+        )
+    }
+}
