@@ -1,0 +1,197 @@
+//! Distributed comparison function: additive shares in Z_{2^64} of `beta * 1{x < alpha}`, at many points a key.
+//!
+//! After Boyle et al. (*Function Secret Sharing for Mixed-Mode and Fixed-Point Secure Computation*, Eurocrypt 2021): the
+//! shares along the path to `x` add up. Here node `j` on the path to `alpha` carries the value
+//! `beta * (alpha_j - alpha_{j-1})` (bits from the top, `alpha_{-1} = 0`) and every other node carries zero, so that an
+//! `x` which leaves the path at bit `j` has collected `beta * alpha_j`. Four ring elements hang below each node of the
+//! last level, for the last two bits.
+//!
+//! AES calls: `2 * max(bits - 2, 0) + 1` a point, `4 * max(bits - 2, 0) + 4` to deal a key.
+
+use crate::hash::{Cipher, LANES, with_cipher};
+use crate::tree::{
+    self, BLOCK, Deal, LEAF, Shape, Walk, by_bit, check_bits, check_length, check_party, check_range,
+    negate_if, parallel, part,
+};
+use crate::{Block, Result};
+
+/// The widest domain, in bits.
+pub const MAX_BITS: u32 = 64;
+
+const WORD: usize = 8;
+
+/// Correction bytes of one key: `24 * (bits - 2) + 32` for `bits >= 2`, and 16 for one bit.
+pub const fn key_bytes(bits: u32) -> usize {
+    let shape = shape(bits);
+    shape.bytes() + WORD * shape.levels as usize
+}
+
+/// Deals one key for each `alpha` below `2^bits`, with the payload `beta`. `roots[party]` holds one uniform seed a key.
+///
+/// # Errors
+/// On a width outside `1..=64`, buffers of different lengths, an `alpha` out of range.
+pub fn generate(bits: u32, alphas: &[u64], betas: &[u64], roots: [&[Block]; 2]) -> Result<Vec<u8>> {
+    check_bits(bits, MAX_BITS)?;
+    let mut keys = vec![0; alphas.len() * key_bytes(bits)];
+    generate_into(bits, alphas, betas, roots, &mut keys)?;
+    Ok(keys)
+}
+
+/// As [`generate`], into a buffer of `alphas.len() * key_bytes(bits)` bytes. A dealer of many batches that uses one buffer
+/// again saves the operating system's work on fresh memory, which is several times that of dealing.
+///
+/// # Errors
+/// As [`generate`], and on a buffer of the wrong length.
+pub fn generate_into(
+    bits: u32,
+    alphas: &[u64],
+    betas: &[u64],
+    roots: [&[Block]; 2],
+    keys: &mut [u8],
+) -> Result<()> {
+    with_cipher!(cipher => generate_with(cipher, bits, alphas, betas, roots, keys))
+}
+
+/// Evaluates key `i` at `xs[i * points_per_key..][..points_per_key]`. The parties' results, in the order of `xs`, add up
+/// to `beta_i * 1{x < alpha_i}` modulo 2^64.
+///
+/// # Errors
+/// On a width outside `1..=64`, a party that is not 0 or 1, buffers whose lengths disagree, an `x` out of range.
+pub fn evaluate(
+    party: usize,
+    bits: u32,
+    roots: &[Block],
+    keys: &[u8],
+    points_per_key: usize,
+    xs: &[u64],
+) -> Result<Vec<u64>> {
+    with_cipher!(cipher => evaluate_with(cipher, party, bits, roots, keys, points_per_key, xs))
+}
+
+const fn shape(bits: u32) -> Shape {
+    Shape::new(bits, 2)
+}
+
+/// Which block of its leaf holds `x`.
+fn block(x: u64) -> usize {
+    (x >> 1 & 1) as usize
+}
+
+pub(crate) fn generate_with<C: Cipher>(
+    cipher: C,
+    bits: u32,
+    alphas: &[u64],
+    betas: &[u64],
+    roots: [&[Block]; 2],
+    keys: &mut [u8],
+) -> Result<()> {
+    check_bits(bits, MAX_BITS)?;
+    check_length("betas", betas.len(), alphas.len())?;
+    tree::deal(
+        cipher,
+        bits,
+        key_bytes(bits),
+        alphas,
+        roots,
+        keys,
+        #[inline(always)]
+        |deal, range, keys| generate_group(deal, bits, &alphas[range.clone()], &betas[range], keys),
+    )
+}
+
+#[inline(always)]
+fn generate_group<C: Cipher>(mut deal: Deal<C>, bits: u32, alphas: &[u64], betas: &[u64], keys: &mut [u8]) {
+    let shape = shape(bits);
+    let path = by_bit(alphas);
+    // What the path to alpha has collected so far.
+    let mut sums = [0; LANES];
+    for level in 0..shape.levels as usize {
+        let right = path[bits as usize - 1 - level];
+        let h = deal.hashes(LEAF[0]);
+        for (lane, key) in keys.chunks_exact_mut(key_bytes(bits)).enumerate() {
+            let target = betas[lane] & (right >> lane & 1).wrapping_neg();
+            let (h0, h1) = (h[0].0[lane] as u64, h[1].0[lane] as u64);
+            let cw = deal.correct(lane, h0, h1, target.wrapping_sub(sums[lane]));
+            key[shape.bytes()..].as_chunks_mut::<WORD>().0[level] = cw.to_le_bytes();
+            sums[lane] = target;
+        }
+        let cw = deal.descend(right);
+        for (lane, key) in keys.chunks_exact_mut(key_bytes(bits)).enumerate() {
+            key.as_chunks_mut::<BLOCK>().0[level] = cw.0[lane].to_le_bytes();
+        }
+    }
+    for (index, tweak) in LEAF.into_iter().enumerate().take(shape.blocks) {
+        let h = deal.hashes(tweak);
+        for (lane, key) in keys.chunks_exact_mut(key_bytes(bits)).enumerate() {
+            let value = |x: u64| {
+                let below = u64::from(x < alphas[lane] & 3).wrapping_neg();
+                (betas[lane] & below).wrapping_sub(sums[lane])
+            };
+            let cw = deal.correct_block(lane, &h, [value(2 * index as u64), value(2 * index as u64 + 1)]);
+            key.as_chunks_mut::<BLOCK>().0[shape.levels as usize + index] = cw.to_le_bytes();
+        }
+    }
+}
+
+pub(crate) fn evaluate_with<C: Cipher>(
+    cipher: C,
+    party: usize,
+    bits: u32,
+    roots: &[Block],
+    keys: &[u8],
+    points_per_key: usize,
+    xs: &[u64],
+) -> Result<Vec<u64>> {
+    check_party(party)?;
+    check_bits(bits, MAX_BITS)?;
+    check_range("xs", xs, bits)?;
+    check_length("xs", xs.len(), roots.len().saturating_mul(points_per_key))?;
+    let bytes = key_bytes(bits);
+    check_length("keys", keys.len(), roots.len() * bytes)?;
+    let mut out = vec![0; xs.len()];
+    parallel(&mut out, LANES, |group, out| {
+        let first = LANES * group;
+        let xs = &xs[first..first + out.len()];
+        let lanes = (first..first + out.len())
+            .map(|i| i / points_per_key)
+            .map(|key| (roots[key], &keys[bytes * key..bytes * (key + 1)]));
+        let ahead = part(
+            keys,
+            bytes * ((first + out.len()) / points_per_key),
+            bytes * LANES.div_ceil(points_per_key),
+        );
+        cipher.run(
+            #[inline(always)]
+            || {
+                evaluate_group(
+                    Walk::new(cipher, party, lanes, ahead, shape(bits)),
+                    party,
+                    bits,
+                    xs,
+                    out,
+                )
+            },
+        );
+    });
+    Ok(out)
+}
+
+#[inline(always)]
+fn evaluate_group<C: Cipher>(mut walk: Walk<C>, party: usize, bits: u32, xs: &[u64], out: &mut [u64]) {
+    let shape = shape(bits);
+    let path = by_bit(xs);
+    for level in 0..shape.levels as usize {
+        let h = walk.hashes(xs, |_| LEAF[0]);
+        for (lane, out) in out.iter_mut().enumerate() {
+            *out = out
+                .wrapping_add(h.0[lane] as u64)
+                .wrapping_add(walk.value(lane, shape.bytes() + WORD * level));
+        }
+        walk.descend(level, path[bits as usize - 1 - level]);
+    }
+    let h = walk.hashes(xs, |x| LEAF[block(x)]);
+    for (lane, (out, x)) in out.iter_mut().zip(xs).enumerate() {
+        let leaf = walk.element(lane, &h, shape.levels as usize + block(*x), *x);
+        *out = negate_if(party == 1, out.wrapping_add(leaf));
+    }
+}
