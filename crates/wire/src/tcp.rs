@@ -1,0 +1,373 @@
+//! Links over TCP with mutual TLS 1.3.
+//!
+//! Each side checks that the other's certificate comes from the run's authority and names the party that is
+//! expected there. This file is about how a connection comes to be; what happens on it afterwards is the
+//! [`TcpLink`]'s affair.
+
+//! Links over TCP with mutual TLS 1.3.
+//!
+//! Each side checks that the other's certificate comes from the run's authority and names the party that is
+//! expected there. Behind a link work two threads: one encrypts and writes what is queued, one reads,
+//! decrypts and queues what arrives. They share the TLS state, but wait for the network without holding it,
+//! so that both directions flow at once and neither end can block the other.
+
+use std::{
+    fmt,
+    io::{self, Read, Write},
+    net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs},
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use rustls::{Connection, ServerConfig};
+
+pub use crate::duplex::TcpLink;
+use crate::{
+    Error, Identity, Link, Options, Result,
+    error::sanitise,
+    frame::{GREETING, HEADER, Kind, header, parse_header},
+    link::later,
+    pki::Credentials,
+    tls,
+};
+
+/// Pause between attempts to reach a peer that does not listen yet.
+const RETRY: Duration = Duration::from_millis(50);
+/// Longest time to tell a caller or listener why there will be no link.
+const FAREWELL: Duration = Duration::from_millis(500);
+
+/// Waits for calls at one address.
+pub struct Listener {
+    listener: TcpListener,
+    address: SocketAddr,
+    config: Arc<ServerConfig>,
+    options: Options,
+}
+
+impl Listener {
+    /// Listens at `address` (`HOST:PORT`; port 0 lets the system choose one, see
+    /// [`address`](Listener::address)).
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the address is taken or not of this host, [`Error::Certificate`] if the credentials are unusable.
+    pub fn bind(address: &str, credentials: &Credentials, options: &Options) -> Result<Listener> {
+        let failed = || Error::io(format!("listening at {address}"));
+        let listener = TcpListener::bind(address).map_err(failed())?;
+        // Non-blocking, because the standard library knows no time limit for accepting.
+        listener.set_nonblocking(true).map_err(failed())?;
+        let address = listener.local_addr().map_err(failed())?;
+        Ok(Listener {
+            listener,
+            address,
+            config: tls::server_config(credentials)?,
+            options: options.clone(),
+        })
+    }
+
+    /// Where callers reach this listener.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Waits for one of `expected` to call, and sets up a link to it; [`Link::peer`] tells which one it is.
+    ///
+    /// # Errors
+    /// [`Error::NobodyCame`]; [`Error::NotTls`], [`Error::Untrusted`], [`Error::WrongIdentity`], [`Error::Rejected`] and the like
+    /// for a caller that is not one of them. The listener stays usable after such a call.
+    pub fn accept(&self, expected: &[Identity]) -> Result<TcpLink> {
+        let start = Instant::now();
+        let (socket, _) = loop {
+            match self.listener.accept() {
+                Ok(call) => break call,
+                Err(error) if error.kind() != io::ErrorKind::WouldBlock => {
+                    return Err(Error::io(format!("accepting a call at {}", self.address))(error));
+                }
+                Err(_) if start.elapsed() >= self.options.connect => {
+                    let expected = tls::any_of(expected);
+                    return Err(Error::NobodyCame {
+                        expected,
+                        address: self.address,
+                        waited: start.elapsed(),
+                    });
+                }
+                Err(_) => thread::sleep(Duration::from_millis(2)),
+            }
+        };
+        let setup = Setup::new(
+            socket,
+            tls::server(&self.config)?,
+            Identity::unknown(),
+            &self.options,
+            self.options.handshake,
+        )?;
+        setup.finish(|setup| {
+            setup.peer = match tls::identify(&setup.connection, expected) {
+                Ok(peer) => peer,
+                Err(error) => {
+                    let _ = setup.say(Kind::Abort, sanitise(error.to_string().as_bytes()).as_bytes());
+                    return Err(error);
+                }
+            };
+            setup.say(Kind::Hello, GREETING)?;
+            setup.expect_greeting()
+        })
+    }
+
+    /// Waits until each of `expected` has called, in any order, and returns the links in the order of
+    /// `expected`.
+    ///
+    /// # Errors
+    /// As [`accept`](Listener::accept), at the first call that fails.
+    pub fn accept_each(&self, expected: &[Identity]) -> Result<Vec<TcpLink>> {
+        let mut links: Vec<Option<TcpLink>> = expected.iter().map(|_| None).collect();
+        loop {
+            let missing: Vec<Identity> = expected
+                .iter()
+                .zip(&links)
+                .filter(|(_, link)| link.is_none())
+                .map(|(who, _)| who.clone())
+                .collect();
+            if missing.is_empty() {
+                return Ok(links.into_iter().flatten().collect());
+            }
+            let link = self.accept(&missing)?;
+            let place = expected
+                .iter()
+                .zip(&links)
+                .position(|(who, there)| who == link.peer() && there.is_none());
+            links[place.expect("accept returns one of the missing")] = Some(link);
+        }
+    }
+}
+
+impl fmt::Debug for Listener {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Listener {{ address: {} }}", self.address)
+    }
+}
+
+/// Calls `peer` at `address` (`HOST:PORT`), again and again until it answers or the time for connecting is
+/// over.
+///
+/// # Errors
+/// [`Error::Unreachable`]; [`Error::NotTls`], [`Error::Untrusted`], [`Error::WrongIdentity`] if somebody else answers;
+/// [`Error::Rejected`] or [`Error::PeerAborted`] if the peer does not accept this side.
+pub fn connect(
+    address: &str,
+    credentials: &Credentials,
+    peer: &Identity,
+    options: &Options,
+) -> Result<TcpLink> {
+    let connection = tls::client(credentials, peer)?;
+    let socket = reach(address, peer, options)?;
+    // The system completes calls to a listener that does not accept yet; that one may take its time.
+    let limit = options.handshake.max(options.connect);
+    let setup = Setup::new(socket, connection, peer.clone(), options, limit)?;
+    setup.finish(|setup| {
+        // The listening side speaks first, because only it knows whether it accepts this side's certificate.
+        setup.expect_greeting()?;
+        setup.say(Kind::Hello, GREETING)
+    })
+}
+
+fn reach(address: &str, peer: &Identity, options: &Options) -> Result<TcpStream> {
+    let start = Instant::now();
+    let attempt = || -> io::Result<TcpStream> {
+        let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+        for address in address.to_socket_addrs()? {
+            let limit = options.connect.saturating_sub(start.elapsed()).max(RETRY);
+            match TcpStream::connect_timeout(&address, limit) {
+                Ok(socket) => return Ok(socket),
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    };
+    loop {
+        match attempt() {
+            Ok(socket) => return Ok(socket),
+            Err(source) if start.elapsed() + RETRY >= options.connect => {
+                let (peer, source) = (peer.clone(), Arc::new(source));
+                return Err(Error::Unreachable {
+                    peer,
+                    address: address.into(),
+                    waited: start.elapsed(),
+                    source,
+                });
+            }
+            Err(_) => thread::sleep(RETRY),
+        }
+    }
+}
+
+/// A connection before it is a link: one thread, and a time limit for everything.
+struct Setup<'a> {
+    socket: TcpStream,
+    connection: Connection,
+    peer: Identity,
+    options: &'a Options,
+    start: Instant,
+    limit: Duration,
+}
+
+impl<'a> Setup<'a> {
+    fn new(
+        socket: TcpStream,
+        mut connection: Connection,
+        peer: Identity,
+        options: &'a Options,
+        limit: Duration,
+    ) -> Result<Setup<'a>> {
+        let failed = || Error::io("setting up a connection");
+        socket.set_nonblocking(false).map_err(failed())?;
+        socket.set_nodelay(true).map_err(failed())?;
+        // No limit to what may wait for encryption: the writer hands over one piece at a time.
+        connection.set_buffer_limit(None);
+        Ok(Setup {
+            socket,
+            connection,
+            peer,
+            options,
+            start: Instant::now(),
+            limit,
+        })
+    }
+
+    /// TLS handshake, then greetings, then the link.
+    fn finish(mut self, greet: impl FnOnce(&mut Self) -> Result<()>) -> Result<TcpLink> {
+        match self.shake_hands().and_then(|()| greet(&mut self)) {
+            Ok(()) => self.into_link(),
+            Err(error) => {
+                self.hang_up();
+                Err(error)
+            }
+        }
+    }
+
+    fn shake_hands(&mut self) -> Result<()> {
+        let mut io = Limited::new(&self.socket, later(self.start, self.limit));
+        while self.connection.is_handshaking() {
+            self.connection
+                .complete_io(&mut io)
+                .map_err(|error| tls::explain(&self.peer, error, true, self.start))?;
+        }
+        Ok(())
+    }
+
+    fn say(&mut self, kind: Kind, body: &[u8]) -> Result<()> {
+        let mut io = Limited::new(&self.socket, later(self.start, self.limit));
+        let bytes = [&header(kind, body.len()), body].concat();
+        let mut write = || {
+            self.connection.writer().write_all(&bytes)?;
+            while self.connection.wants_write() {
+                self.connection.write_tls(&mut io)?;
+            }
+            Ok(())
+        };
+        write().map_err(|error| self.explain(error))
+    }
+
+    fn hear(&mut self, buf: &mut [u8]) -> Result<()> {
+        let mut io = Limited::new(&self.socket, later(self.start, self.limit));
+        let mut filled = 0;
+        while filled < buf.len() {
+            let result = match self.connection.reader().read(&mut buf[filled..]) {
+                Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(n) => {
+                    filled += n;
+                    continue;
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.connection.read_tls(&mut io),
+                Err(error) => Err(error),
+            };
+            result.map_err(|error| self.explain(error))?;
+            self.connection
+                .process_new_packets()
+                .map_err(|error| tls::explain_tls(self.peer.clone(), &error, true))?;
+        }
+        Ok(())
+    }
+
+    fn explain(&self, error: io::Error) -> Error {
+        tls::explain(&self.peer, error, true, self.start)
+    }
+
+    fn expect_greeting(&mut self) -> Result<()> {
+        let mut head = [0; HEADER];
+        self.hear(&mut head)?;
+        let (kind, len) = parse_header(head, &self.peer)?;
+        if !matches!(kind, Kind::Hello | Kind::Abort) {
+            return Err(Error::BadFrame {
+                peer: self.peer.clone(),
+                kind: kind as u8,
+            });
+        }
+        let mut body = vec![0; len];
+        self.hear(&mut body)?;
+        match kind {
+            Kind::Abort => Err(Error::PeerAborted {
+                peer: self.peer.clone(),
+                reason: sanitise(&body),
+            }),
+            _ if body == GREETING => Ok(()),
+            _ => Err(Error::BadGreeting {
+                peer: self.peer.clone(),
+            }),
+        }
+    }
+
+    /// Lets the peer read the last words: a socket that is closed with unread data takes them back.
+    fn hang_up(&mut self) {
+        self.connection.send_close_notify();
+        let mut io = Limited::new(&self.socket, Instant::now() + FAREWELL);
+        while self.connection.wants_write() && self.connection.write_tls(&mut io).is_ok() {}
+        let _ = self.socket.shutdown(Shutdown::Write);
+        while io.read(&mut [0; 4096]).is_ok_and(|n| n > 0) {}
+    }
+
+    fn into_link(self) -> Result<TcpLink> {
+        let failed = || Error::io("setting up a connection");
+        self.socket.set_read_timeout(None).map_err(failed())?;
+        self.socket.set_write_timeout(None).map_err(failed())?;
+        TcpLink::start(self.socket, self.connection, self.peer, self.options.clone()).map_err(failed())
+    }
+}
+
+/// A socket with a deadline for all reads and writes together.
+struct Limited<'a> {
+    socket: &'a TcpStream,
+    deadline: Instant,
+}
+
+impl<'a> Limited<'a> {
+    fn new(socket: &'a TcpStream, deadline: Instant) -> Limited<'a> {
+        Limited { socket, deadline }
+    }
+
+    /// Time left, as a time-out for the next call.
+    fn left(&self) -> io::Result<Option<Duration>> {
+        match self.deadline.checked_duration_since(Instant::now()) {
+            None | Some(Duration::ZERO) => Err(io::ErrorKind::TimedOut.into()),
+            some => Ok(some),
+        }
+    }
+}
+
+impl Read for Limited<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        self.socket.set_read_timeout(self.left()?)?;
+        self.socket.read(buf)
+    }
+}
+
+impl Write for Limited<'_> {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        self.socket.set_write_timeout(self.left()?)?;
+        self.socket.write(buf)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
