@@ -1,0 +1,255 @@
+//! The fixed-point interpreter: the protocols' arithmetic on plain ring elements, on one machine.
+//!
+//! It is the oracle. Given the seeds of a session it draws the same masks as the parties do, so that even the
+//! rounding bit of a one-round truncation agrees: its results equal the parties' bit for bit. It is also where the
+//! bounds that the protocols rest on are asserted: no product leaves the signed range, no truncated value reaches
+//! 2^62, no compared value exceeds its declared bits.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::sync::Arc;
+
+use veiltune_ring::prg::{Prg, Seed};
+use veiltune_ring::{Ring, codec};
+
+use crate::gates::{self, Gates, LIMIT_BITS, Local, Meta, Product, SCALE};
+use crate::offline::low_bits;
+use crate::opening::{BOTH, GateId, Learners, Opening, PARAMETER_GATES, holds};
+use crate::protocols::{
+    self,
+    coarse_max::{self, CoarseMax},
+    steps::{self, Steps},
+};
+use crate::series::Series;
+use crate::{Error, Owner, Party, Result, Revealed};
+
+/// See the module.
+pub struct Fixed {
+    seeds: [Seed; 2],
+    next_gate: Cell<GateId>,
+    next_parameter: Cell<GateId>,
+}
+
+/// A fixed-point tensor in the clear.
+#[derive(Clone)]
+pub struct FixedTensor(Rc<Inner>);
+
+struct Inner {
+    meta: Meta,
+    value: Ring,
+    cell: RefCell<(Opening, Option<Ring>)>,
+}
+
+impl Fixed {
+    /// With fresh seeds: the rounding of one-round truncations is drawn anew.
+    pub fn new() -> Result<Fixed> {
+        Ok(Fixed::with_seeds([Seed::random()?, Seed::random()?]))
+    }
+
+    /// With the seeds of a session: bit for bit the session's results.
+    pub fn with_seeds(seeds: [Seed; 2]) -> Fixed {
+        Fixed {
+            seeds,
+            next_gate: Cell::new(0),
+            next_parameter: Cell::new(PARAMETER_GATES),
+        }
+    }
+
+    /// The ring elements of a tensor.
+    pub fn ring<'a>(&self, x: &'a FixedTensor) -> &'a Ring {
+        &x.0.value
+    }
+
+    /// The decoded values of a tensor.
+    pub fn values(&self, x: &FixedTensor) -> Vec<f64> {
+        codec::decode(x.0.value.as_slice(), x.0.meta.scale)
+    }
+
+    // ---- for the protocols ----
+
+    pub(crate) fn tensor(&self, meta: Meta, value: Ring) -> FixedTensor {
+        let opening = Opening::new(meta.owner);
+        FixedTensor(Rc::new(Inner {
+            meta,
+            value,
+            cell: RefCell::new((opening, None)),
+        }))
+    }
+
+    pub(crate) fn gate(&self) -> GateId {
+        let id = self.next_gate.get();
+        self.next_gate.set(id + 1);
+        id
+    }
+
+    pub(crate) fn is_open(&self, x: &FixedTensor) -> bool {
+        x.0.cell.borrow().0.is_full()
+    }
+
+    /// The whole mask of an opened tensor.
+    pub(crate) fn mask(&self, x: &FixedTensor) -> Ring {
+        x.0.cell
+            .borrow()
+            .1
+            .clone()
+            .unwrap_or_else(|| Ring::zeros(x.0.meta.dims.clone()))
+    }
+
+    pub(crate) fn open_for(&self, requests: &[(&FixedTensor, Learners)]) -> Result<()> {
+        requests
+            .iter()
+            .try_for_each(|(x, learners)| self.request(x, *learners, || self.gate()))
+    }
+
+    fn request(&self, x: &FixedTensor, learners: Learners, fresh: impl FnOnce() -> GateId) -> Result<()> {
+        let mut cell = x.0.cell.borrow_mut();
+        if cell.0.request(learners, fresh).1 {
+            let id = cell.0.id.expect("set by request");
+            let mut mask = Ring::zeros(x.0.meta.dims.clone());
+            for i in 0..2 {
+                if holds(x.0.meta.owner, i) {
+                    mask.add_assign(&Prg::new(&self.seeds[i], id, 0).ring(x.0.meta.dims.clone()))?;
+                }
+            }
+            cell.1 = Some(mask);
+        }
+        Ok(())
+    }
+
+    /// The small mask of a gate: the sum of both parties' parts.
+    pub(crate) fn small_mask(&self, gate: GateId, slot: u16, n: usize, bits: u32) -> Vec<u64> {
+        let mut a = Prg::new(&self.seeds[0], gate, slot).bits(n, bits);
+        let b = Prg::new(&self.seeds[1], gate, slot).bits(n, bits);
+        a.iter_mut()
+            .zip(b)
+            .for_each(|(a, b)| *a = a.wrapping_add(b) & low_bits(bits));
+        a
+    }
+
+    /// Asserts |x| < 2^bits in the ring.
+    pub(crate) fn assert_below(&self, op: &'static str, x: &Ring, bits: u32) -> Result<()> {
+        let limit = 1u64 << bits;
+        if x.as_slice().iter().all(|v| v.wrapping_add(limit) < 2 * limit) {
+            return Ok(());
+        }
+        Err(Error::Range {
+            op,
+            detail: format!(
+                "a value reaches 2^{bits} in the ring (shape {:?}): scale the weights or inputs down, or calibrate a \
+                 wider range",
+                x.dims()
+            ),
+        })
+    }
+}
+
+impl Gates for Fixed {
+    type T = FixedTensor;
+
+    fn meta<'a>(&self, x: &'a FixedTensor) -> &'a Meta {
+        &x.0.meta
+    }
+
+    fn enter(&self, owner: Owner, dims: &[usize], values: Option<&[f32]>) -> Result<FixedTensor> {
+        let meta = Meta {
+            dims: dims.to_vec(),
+            scale: SCALE,
+            owner,
+        };
+        let values = values.ok_or_else(|| gates::missing("input", owner))?;
+        Ok(self.tensor(meta, gates::encode("input", dims, values)?))
+    }
+
+    fn parameter(&self, owner: Owner, dims: &[usize], values: Option<&[f32]>) -> Result<FixedTensor> {
+        let x = self.enter(owner, dims, values)?;
+        let id = self.next_parameter.get();
+        self.next_parameter.set(id + 1);
+        if gates::opens_at_setup(owner, dims) {
+            self.request(&x, BOTH, || id)?;
+        }
+        Ok(x)
+    }
+
+    fn local(&self, x: &FixedTensor, map: &Local) -> Result<FixedTensor> {
+        let out = self.tensor(map.meta(&x.0.meta)?, map.apply(&x.0.value)?);
+        let from = x.0.cell.borrow();
+        if from.0.id.is_some() {
+            let mask = from.1.as_ref().map(|m| map.apply(m)).transpose()?;
+            *out.0.cell.borrow_mut() = (from.0.clone(), mask);
+        }
+        drop(from);
+        Ok(out)
+    }
+
+    fn concat(&self, xs: &[&FixedTensor], dim: usize) -> Result<FixedTensor> {
+        let metas: Vec<&Meta> = xs.iter().map(|x| &x.0.meta).collect();
+        let values: Vec<&Ring> = xs.iter().map(|x| &x.0.value).collect();
+        Ok(self.tensor(gates::concat_meta(&metas, dim)?, Ring::cat(&values, dim)?))
+    }
+
+    fn sum_of(&self, a: &FixedTensor, b: &FixedTensor, subtract: bool) -> Result<FixedTensor> {
+        let meta = gates::sum_meta(&a.0.meta, &b.0.meta)?;
+        let (x, y) = (&a.0.value, &b.0.value);
+        Ok(self.tensor(meta, if subtract { x.sub(y)? } else { x.add(y)? }))
+    }
+
+    fn add_constant(&self, x: &FixedTensor, c: u64) -> Result<FixedTensor> {
+        let out = self.tensor(x.0.meta.clone(), x.0.value.add_scalar(c));
+        let from = x.0.cell.borrow();
+        if from.0.is_full() {
+            *out.0.cell.borrow_mut() = from.clone();
+        }
+        drop(from);
+        Ok(out)
+    }
+
+    fn open(&self, xs: &[&FixedTensor]) -> Result<()> {
+        let requests: Vec<_> = xs.iter().map(|x| (*x, BOTH)).collect();
+        self.open_for(&requests)
+    }
+
+    fn product(&self, kind: Product, a: &FixedTensor, b: &FixedTensor) -> Result<FixedTensor> {
+        protocols::product::fixed(self, kind, a, b)
+    }
+
+    fn truncate(&self, xs: &[(&FixedTensor, u32)], faithful: bool) -> Result<Vec<FixedTensor>> {
+        for (x, _) in xs {
+            self.assert_below("truncate", &x.0.value, LIMIT_BITS)?;
+        }
+        protocols::truncate::fixed(self, xs, faithful)
+    }
+
+    fn series(&self, x: &FixedTensor, series: &Arc<Series>) -> Result<FixedTensor> {
+        protocols::trigonometric::fixed(self, x, series)
+    }
+
+    fn positive_part(&self, x: &FixedTensor) -> Result<FixedTensor> {
+        protocols::compare::fixed(self, x, true)
+    }
+
+    fn non_negative(&self, x: &FixedTensor) -> Result<FixedTensor> {
+        protocols::compare::fixed(self, x, false)
+    }
+
+    fn steps(&self, x: &FixedTensor, spec: &Arc<Steps>) -> Result<Vec<FixedTensor>> {
+        steps::fixed(self, x, spec)
+    }
+
+    fn coarse_max(&self, x: &FixedTensor, spec: &CoarseMax) -> Result<FixedTensor> {
+        coarse_max::fixed(self, x, spec)
+    }
+
+    fn lookup(
+        &self,
+        x: &FixedTensor,
+        bits: u32,
+        tables: &[Arc<Vec<u64>>],
+        scale: u32,
+    ) -> Result<Vec<FixedTensor>> {
+        protocols::lookup::fixed(self, x, bits, tables, scale)
+    }
+
+    fn reveal_to(&self, x: &FixedTensor, to: Party) -> Result<Option<Revealed>> {
+        protocols::reveal::fixed(self, x, to)
+    }
+}

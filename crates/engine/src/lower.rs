@@ -1,0 +1,223 @@
+//! The verbs of [`Backend`] written once in terms of [`Gates`]: scales, lazy truncation, and the composed protocols.
+//!
+//! # Scales
+//! Inputs, weights and truncated activations have [`SCALE`] = 16 fractional bits. A product adds scales up and is
+//! truncated only when a later verb needs it: a linear layer takes inputs of up to [`MAX_SCALE`] - 16 = 34 fractional
+//! bits, which a normalisation, a GELU or a ReLU of a product all meet. A value of scale s must stay below
+//! 2^(62 - s); the fixed-point interpreter asserts it.
+//!
+//! Composed protocols have their own files: [`activation`], [`softmax`], [`normalize`], [`argmax`], and
+//! [`inverse`](crate::protocols::inverse) below the two normalising ones.
+
+use crate::backend::{Activation, Backend, NormSpec, Owner, Party, Range, Revealed, SoftmaxSpec};
+use crate::gates::{Gates, Local, MAX_SCALE, Product, SCALE};
+use crate::protocols::{activation, argmax, normalize, softmax};
+use crate::{Error, Result};
+
+impl<G: Gates> Backend for G {
+    type Tensor = G::T;
+    type Weight = G::T;
+
+    fn dims(&self, x: &G::T) -> Vec<usize> {
+        self.meta(x).dims.clone()
+    }
+
+    fn fractional_bits(&self, x: &G::T) -> u32 {
+        self.meta(x).scale
+    }
+
+    fn input(&self, owner: Owner, dims: &[usize], values: Option<&[f32]>) -> Result<G::T> {
+        self.enter(owner, dims, values)
+    }
+
+    fn weight(&self, owner: Owner, dims: &[usize], values: Option<&[f32]>) -> Result<G::T> {
+        self.parameter(owner, dims, values)
+    }
+
+    fn linear(&self, x: &G::T, w: &G::T, b: Option<&G::T>) -> Result<G::T> {
+        let x = at_most(self, x, MAX_SCALE - SCALE)?;
+        let y = self.product(Product::MatMulNt, &x, w)?;
+        match b {
+            Some(b) => self.add_weight(&y, b),
+            None => Ok(y),
+        }
+    }
+
+    fn matmul(&self, a: &G::T, b: &G::T) -> Result<G::T> {
+        let (a, b) = fit_product(self, a, b)?;
+        self.product(Product::MatMul, &a, &b)
+    }
+
+    fn add(&self, a: &G::T, b: &G::T) -> Result<G::T> {
+        let (a, b) = align(self, a, b)?;
+        self.sum_of(&a, &b, false)
+    }
+
+    fn sub(&self, a: &G::T, b: &G::T) -> Result<G::T> {
+        let (a, b) = align(self, a, b)?;
+        self.sum_of(&a, &b, true)
+    }
+
+    fn mul(&self, a: &G::T, b: &G::T) -> Result<G::T> {
+        let (a, b) = fit_product(self, a, b)?;
+        self.product(Product::Elementwise, &a, &b)
+    }
+
+    fn scale(&self, x: &G::T, c: f64) -> Result<G::T> {
+        let scale = self.meta(x).scale;
+        let exponent = c.abs().log2();
+        if exponent.fract() == 0.0
+            && (0..=i64::from(MAX_SCALE)).contains(&(i64::from(scale) - exponent as i64))
+        {
+            let x = self.local(x, &Local::Relabel((i64::from(scale) - exponent as i64) as u32))?;
+            return if c < 0.0 {
+                self.local(&x, &Local::Times(-1))
+            } else {
+                Ok(x)
+            };
+        }
+        if !c.is_finite() || c.abs() >= 2f64.powi(20) {
+            return Err(Error::program(
+                "scale",
+                "the factor must be finite, and below 2^20 if it is no power of two",
+            ));
+        }
+        // Fifteen significant bits.
+        let bits = if c == 0.0 {
+            0
+        } else {
+            (15 - exponent.floor() as i32).clamp(0, 30) as u32
+        };
+        let x = at_most(self, x, MAX_SCALE - bits)?;
+        let scale = self.meta(&x).scale;
+        let x = self.local(&x, &Local::Times((c * 2f64.powi(bits as i32)).round() as i64))?;
+        self.local(&x, &Local::Relabel(scale + bits))
+    }
+
+    fn add_weight(&self, x: &G::T, w: &G::T) -> Result<G::T> {
+        self.add(x, w)
+    }
+
+    fn mul_weight(&self, x: &G::T, w: &G::T) -> Result<G::T> {
+        self.mul(x, w)
+    }
+
+    fn sum(&self, x: &G::T, dim: usize) -> Result<G::T> {
+        self.local(x, &Local::Sum(dim))
+    }
+
+    fn reshape(&self, x: &G::T, dims: &[usize]) -> Result<G::T> {
+        self.local(x, &Local::Reshape(dims.to_vec()))
+    }
+
+    fn transpose(&self, x: &G::T, a: usize, b: usize) -> Result<G::T> {
+        self.local(x, &Local::Transpose(a, b))
+    }
+
+    fn narrow(&self, x: &G::T, dim: usize, start: usize, len: usize) -> Result<G::T> {
+        self.local(x, &Local::Narrow { dim, start, len })
+    }
+
+    fn cat(&self, xs: &[&G::T], dim: usize) -> Result<G::T> {
+        let scale = xs.iter().map(|x| self.meta(x).scale).max().unwrap_or(SCALE);
+        let xs = xs
+            .iter()
+            .map(|x| refine(self, x, scale))
+            .collect::<Result<Vec<_>>>()?;
+        self.concat(&xs.iter().collect::<Vec<_>>(), dim)
+    }
+
+    fn relu(&self, x: &G::T) -> Result<G::T> {
+        self.positive_part(&at_most(self, x, MAX_SCALE)?)
+    }
+
+    fn activation(&self, x: &G::T, f: Activation, range: Range) -> Result<G::T> {
+        activation::activation(self, x, f, range)
+    }
+
+    fn softmax(&self, x: &G::T, spec: &SoftmaxSpec) -> Result<G::T> {
+        softmax::softmax(self, x, spec)
+    }
+
+    fn normalize(&self, x: &G::T, spec: &NormSpec) -> Result<G::T> {
+        normalize::normalize(self, x, spec)
+    }
+
+    fn argmax(&self, x: &G::T) -> Result<G::T> {
+        argmax::argmax(self, x)
+    }
+
+    fn prepare(&self, xs: &[&G::T]) -> Result<()> {
+        self.open(xs)
+    }
+
+    fn reveal(&self, x: &G::T, to: Party) -> Result<Option<Revealed>> {
+        let scale = self.meta(x).scale;
+        if scale > SCALE {
+            let x = self.truncate(&[(x, scale - SCALE)], true)?.remove(0);
+            self.reveal_to(&x, to)
+        } else {
+            self.reveal_to(x, to)
+        }
+    }
+}
+
+/// The last dimension, over which rows run.
+pub(crate) fn last_dim<G: Gates>(g: &G, x: &G::T, op: &'static str) -> Result<usize> {
+    g.meta(x)
+        .dims
+        .len()
+        .checked_sub(1)
+        .ok_or_else(|| Error::program(op, "a scalar has no rows"))
+}
+
+/// `x` with at most `limit` fractional bits: truncated to [`SCALE`] if it has more.
+pub(crate) fn at_most<G: Gates>(g: &G, x: &G::T, limit: u32) -> Result<G::T> {
+    let scale = g.meta(x).scale;
+    if scale <= limit {
+        Ok(x.clone())
+    } else {
+        Ok(g.truncate(&[(x, scale - SCALE)], false)?.remove(0))
+    }
+}
+
+/// `x` with at least `scale` fractional bits.
+pub(crate) fn refine<G: Gates>(g: &G, x: &G::T, scale: u32) -> Result<G::T> {
+    let have = g.meta(x).scale;
+    if have >= scale {
+        Ok(x.clone())
+    } else {
+        g.local(x, &Local::Refine(scale - have))
+    }
+}
+
+/// Both at the finer of their scales.
+fn align<G: Gates>(g: &G, a: &G::T, b: &G::T) -> Result<(G::T, G::T)> {
+    let scale = g.meta(a).scale.max(g.meta(b).scale);
+    Ok((refine(g, a, scale)?, refine(g, b, scale)?))
+}
+
+/// Operands whose scales add up to at most [`MAX_SCALE`]; what must be truncated is, in one round.
+fn fit_product<G: Gates>(g: &G, a: &G::T, b: &G::T) -> Result<(G::T, G::T)> {
+    let (sa, sb) = (g.meta(a).scale, g.meta(b).scale);
+    let coarse = |s: u32| s.min(SCALE);
+    let (cut_a, cut_b) = if sa + sb <= MAX_SCALE {
+        (false, false)
+    } else if sa >= sb && coarse(sa) + sb <= MAX_SCALE {
+        (true, false)
+    } else if sa + coarse(sb) <= MAX_SCALE {
+        (false, true)
+    } else {
+        (true, true)
+    };
+    Ok(match (cut_a && sa > SCALE, cut_b && sb > SCALE) {
+        (false, false) => (a.clone(), b.clone()),
+        (true, false) => (g.truncate(&[(a, sa - SCALE)], false)?.remove(0), b.clone()),
+        (false, true) => (a.clone(), g.truncate(&[(b, sb - SCALE)], false)?.remove(0)),
+        (true, true) => {
+            let mut both = g.truncate(&[(a, sa - SCALE), (b, sb - SCALE)], false)?;
+            let b = both.remove(1);
+            (both.remove(0), b)
+        }
+    })
+}

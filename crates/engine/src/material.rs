@@ -1,0 +1,349 @@
+//! Correlated randomness on its way from the dealer to a party: a byte stream in program order.
+
+use std::collections::VecDeque;
+use std::fs::{File, OpenOptions};
+use std::io::{BufReader, BufWriter, Read, Write};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex, mpsc};
+
+use sha2::{Digest, Sha256};
+use veiltune_ring::Ring;
+use veiltune_ring::prg::Seed;
+use veiltune_wire::Link;
+
+use crate::opening::GateId;
+use crate::{Error, Party, Result};
+
+/// Largest piece of the stream, in bytes.
+const CHUNK: usize = 1 << 18;
+
+/// Where the dealer puts a party's material.
+pub trait Sink: Send {
+    /// Appends bytes.
+    fn put(&mut self, bytes: &[u8]) -> Result<()>;
+    /// Everything was put.
+    fn finish(&mut self) -> Result<()>;
+}
+
+/// Where a party takes its material from.
+pub trait Source: Send {
+    /// The next bytes; an error if there are fewer.
+    fn take(&mut self, buf: &mut [u8]) -> Result<()>;
+}
+
+/// Streams to a party over its link.
+pub struct LinkSink(pub Arc<dyn Link>);
+
+impl Sink for LinkSink {
+    fn put(&mut self, bytes: &[u8]) -> Result<()> {
+        for piece in bytes.chunks(CHUNK) {
+            self.0.send(piece.to_vec())?;
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        match self.0.flush() {
+            // A party that has taken all it needs may be done, and gone, before the dealer is. If it went too early,
+            // it says so itself, and so does its peer.
+            Err(veiltune_wire::Error::PeerGone { how, .. }) if how == "closed" => Ok(()),
+            other => Ok(other?),
+        }
+    }
+}
+
+/// Streams from the dealer.
+pub struct LinkSource(pub Arc<dyn Link>);
+
+impl Source for LinkSource {
+    fn take(&mut self, buf: &mut [u8]) -> Result<()> {
+        for piece in buf.chunks_mut(CHUNK) {
+            self.0.recv(piece)?;
+        }
+        Ok(())
+    }
+}
+
+const MAGIC: &[u8; 16] = b"veiltune-mat-v1\n";
+const HEADER: usize = 16 + 1 + 32 + 16;
+
+/// What a material file is for.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Label {
+    /// The party that may consume it.
+    pub party: Party,
+    /// Hash of the program whose material it holds.
+    pub program: [u8; 32],
+}
+
+/// A material file being written by the dealer. It appears under its name only once it is complete.
+pub struct FileSink {
+    path: PathBuf,
+    partial: PathBuf,
+    out: BufWriter<File>,
+    hash: Sha256,
+}
+
+impl FileSink {
+    /// Creates the file (readable by its owner alone) with the party's seed.
+    pub fn create(path: &Path, label: &Label, seed: &Seed) -> Result<FileSink> {
+        let partial = path.with_extension("partial");
+        let mut options = OpenOptions::new();
+        options.write(true).create_new(true);
+        #[cfg(unix)]
+        std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+        if path.exists() {
+            return Err(Error::File(format!(
+                "{} exists; material is never overwritten",
+                path.display()
+            )));
+        }
+        let file = options.open(&partial).map_err(|e| match e.kind() {
+            std::io::ErrorKind::AlreadyExists => Error::File(format!(
+                "{} exists: another dealer is writing it, or one was killed and left it behind; then remove it",
+                partial.display()
+            )),
+            _ => file_error(&partial, &e),
+        })?;
+        let mut sink = FileSink {
+            path: path.into(),
+            partial,
+            out: BufWriter::with_capacity(CHUNK, file),
+            hash: Sha256::new(),
+        };
+        let mut header = Vec::with_capacity(HEADER);
+        header.extend_from_slice(MAGIC);
+        header.push(label.party.index() as u8);
+        header.extend_from_slice(&label.program);
+        header.extend_from_slice(seed.expose());
+        sink.put(&header)?;
+        Ok(sink)
+    }
+}
+
+impl Sink for FileSink {
+    fn put(&mut self, bytes: &[u8]) -> Result<()> {
+        self.hash.update(bytes);
+        self.out
+            .write_all(bytes)
+            .map_err(|e| file_error(&self.partial, &e))
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        let digest = std::mem::take(&mut self.hash).finalize();
+        self.out
+            .write_all(&digest)
+            .map_err(|e| file_error(&self.partial, &e))?;
+        self.out.flush().map_err(|e| file_error(&self.partial, &e))?;
+        self.out
+            .get_ref()
+            .sync_all()
+            .map_err(|e| file_error(&self.partial, &e))?;
+        std::fs::rename(&self.partial, &self.path).map_err(|e| file_error(&self.path, &e))
+    }
+}
+
+impl Drop for FileSink {
+    fn drop(&mut self) {
+        // After `finish` there is nothing under this name any more.
+        let _ = std::fs::remove_file(&self.partial);
+    }
+}
+
+/// A material file being consumed. Opening it removes it: whatever happens to the run, it cannot be used twice.
+pub struct FileSource {
+    input: BufReader<File>,
+    remaining: u64,
+    path: PathBuf,
+}
+
+impl FileSource {
+    /// Claims the file, checks it whole, and returns the party's seed. A file that is refused stays where it is.
+    pub fn open(path: &Path, label: &Label) -> Result<(FileSource, Seed)> {
+        // The rename claims the file atomically against another process that wants it too.
+        let mut claimed = path.as_os_str().to_owned();
+        claimed.push(".consumed");
+        match std::fs::rename(path, &claimed) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+                return Err(Error::File(format!(
+                    "{}: no such material; if it was there, a run has consumed it (material serves exactly once): \
+                     have the dealer make another",
+                    path.display()
+                )));
+            }
+            other => other.map_err(|e| file_error(path, &e))?,
+        }
+        let opened = File::open(&claimed)
+            .map_err(|e| file_error(path, &e))
+            .and_then(|f| FileSource::check(f, path, label));
+        match opened {
+            Ok(opened) => {
+                std::fs::remove_file(&claimed).map_err(|e| file_error(path, &e))?;
+                Ok(opened)
+            }
+            Err(refused) => {
+                // Nobody has seen its seed. If it cannot go back, it is lost: that errs on the safe side.
+                let _ = std::fs::rename(&claimed, path);
+                Err(refused)
+            }
+        }
+    }
+
+    fn check(mut file: File, path: &Path, label: &Label) -> Result<(FileSource, Seed)> {
+        let io = |e: std::io::Error| file_error(path, &e);
+        let damaged = || {
+            Error::File(format!(
+                "{}: not a complete material file; have the dealer make another",
+                path.display()
+            ))
+        };
+        let length = file.metadata().map_err(io)?.len();
+        let body = length.checked_sub(HEADER as u64 + 32).ok_or_else(damaged)?;
+        if !check_digest(&mut file, length - 32).map_err(io)? {
+            return Err(damaged());
+        }
+        std::io::Seek::rewind(&mut file).map_err(io)?;
+        let mut input = BufReader::with_capacity(CHUNK, file);
+        let mut header = [0; HEADER];
+        input.read_exact(&mut header).map_err(io)?;
+        if header[..16] != *MAGIC {
+            return Err(damaged());
+        }
+        if usize::from(header[16]) != label.party.index() || header[17..49] != label.program {
+            return Err(Error::File(format!(
+                "{}: made for another party or another program (model, shapes, calibration or version differ)",
+                path.display()
+            )));
+        }
+        let mut seed = [0; 16];
+        seed.copy_from_slice(&header[49..]);
+        Ok((
+            FileSource {
+                input,
+                remaining: body,
+                path: path.into(),
+            },
+            Seed::from_bytes(seed),
+        ))
+    }
+}
+
+impl Source for FileSource {
+    fn take(&mut self, buf: &mut [u8]) -> Result<()> {
+        self.remaining = self.remaining.checked_sub(buf.len() as u64).ok_or_else(|| {
+            Error::File(format!(
+                "{}: the material is used up; it was made for fewer inputs",
+                self.path.display()
+            ))
+        })?;
+        self.input.read_exact(buf).map_err(|e| file_error(&self.path, &e))
+    }
+}
+
+fn check_digest(file: &mut File, length: u64) -> std::io::Result<bool> {
+    let mut hash = Sha256::new();
+    let mut input = BufReader::with_capacity(CHUNK, file);
+    let mut left = length;
+    let mut buf = vec![0; CHUNK];
+    while left > 0 {
+        let n = left.min(CHUNK as u64) as usize;
+        input.read_exact(&mut buf[..n])?;
+        hash.update(&buf[..n]);
+        left -= n as u64;
+    }
+    let mut digest = [0; 32];
+    input.read_exact(&mut digest)?;
+    Ok(digest[..] == hash.finalize()[..])
+}
+
+fn file_error(path: &Path, e: &std::io::Error) -> Error {
+    Error::File(format!("{}: {e}", path.display()))
+}
+
+/// What one gate consumes at one party: taken before use, never put back.
+#[derive(Default)]
+pub(crate) struct Material {
+    /// The gate that it was made for.
+    pub gate: GateId,
+    /// Shares of correlated values, in the order in which the gate asked for them.
+    pub words: VecDeque<Vec<u64>>,
+    /// Function-secret-sharing keys: this party's roots, and the correction words.
+    pub keys: VecDeque<(Vec<u128>, Vec<u8>)>,
+}
+
+/// The party's preparing walk hands material to its online walk through this queue.
+pub(crate) struct Queue {
+    send: Box<dyn Fn(Material) -> bool + Send>,
+}
+
+impl Queue {
+    /// `ahead`: how many gates the preparation may run ahead (bounding memory), or None: everything.
+    pub fn new(ahead: Option<usize>) -> (Queue, mpsc::Receiver<Material>) {
+        match ahead {
+            Some(n) => {
+                let (tx, rx) = mpsc::sync_channel(n);
+                (
+                    Queue {
+                        send: Box::new(move |m| tx.send(m).is_ok()),
+                    },
+                    rx,
+                )
+            }
+            None => {
+                let (tx, rx) = mpsc::channel();
+                (
+                    Queue {
+                        send: Box::new(move |m| tx.send(m).is_ok()),
+                    },
+                    rx,
+                )
+            }
+        }
+    }
+
+    pub fn push(&self, m: Material) -> Result<()> {
+        if (self.send)(m) {
+            Ok(())
+        } else {
+            Err(Error::Stopped("the online phase"))
+        }
+    }
+}
+
+/// Masked parameters of the session, filled by the online walk as they are opened, read by the preparing walk.
+#[derive(Default)]
+pub(crate) struct ParameterStore {
+    opened: Mutex<(Vec<Option<Ring>>, bool)>,
+    changed: Condvar,
+}
+
+impl ParameterStore {
+    /// The next parameter's masked value, as far as this party knows one.
+    pub fn push(&self, masked: Option<Ring>) {
+        self.lock().0.push(masked);
+        self.changed.notify_all();
+    }
+
+    /// The online walk ended, well or not: nobody waits for more.
+    pub fn close(&self) {
+        self.lock().1 = true;
+        self.changed.notify_all();
+    }
+
+    /// The masked value of parameter `index`, once it is opened.
+    pub fn wait(&self, index: usize) -> Result<Option<Ring>> {
+        let guard = self
+            .changed
+            .wait_while(self.lock(), |(opened, closed)| opened.len() <= index && !*closed)
+            .unwrap_or_else(|e| e.into_inner());
+        guard
+            .0
+            .get(index)
+            .cloned()
+            .ok_or(Error::Stopped("the online phase"))
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, (Vec<Option<Ring>>, bool)> {
+        self.opened.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}

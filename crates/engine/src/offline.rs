@@ -1,0 +1,613 @@
+//! The offline walk of a program: masks and shapes only, no data.
+//!
+//! One interpreter serves four roles. The **dealer** knows both masks and emits corrections; a **party** expands
+//! its own masks and takes corrections from its material; the **cost** model counts what the others do. A gate
+//! states its correlated randomness once ([`Offline::correlate`], [`Offline::keys`]), so they cannot disagree.
+
+use std::cell::{Cell, Ref, RefCell};
+#[cfg(debug_assertions)]
+use std::collections::HashSet;
+use std::ops::Range;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use sha2::{Digest, Sha256};
+use veiltune_ring::Ring;
+use veiltune_ring::prg::{Prg, Seed};
+use veiltune_wire::pack;
+
+use crate::cost::{Operation, Tally};
+use crate::gates::{self, Gates, Local, Meta, Product, SCALE};
+use crate::material::{Material, ParameterStore, Queue, Sink, Source};
+use crate::opening::{BOTH, GateId, Learners, Opening, PARAMETER_GATES, holds};
+use crate::protocols::{
+    self,
+    coarse_max::{self, CoarseMax},
+    compare::Comparison,
+    steps::{self, Steps},
+};
+use crate::series::Series;
+use crate::{Owner, Party, Result, Revealed};
+
+/// See the module.
+pub struct Offline {
+    role: Role,
+    comparison: Comparison,
+    next_gate: Cell<GateId>,
+    next_parameter: Cell<GateId>,
+    tally: RefCell<Tally>,
+    program: RefCell<Sha256>,
+    material: RefCell<Material>,
+    #[cfg(debug_assertions)]
+    drawn: RefCell<HashSet<(GateId, u16)>>,
+}
+
+/// Keys that are generated and sent at a time: they stay in the cache. A multiple of 64, so that packed bits align.
+const KEY_BATCH: usize = 4096;
+
+enum Role {
+    Count,
+    Dealer {
+        seeds: [Seed; 2],
+        sinks: RefCell<[Box<dyn Sink>; 2]>,
+    },
+    Party {
+        party: Party,
+        seed: Seed,
+        source: RefCell<Box<dyn Source>>,
+        queue: Queue,
+        parameters: Arc<ParameterStore>,
+    },
+}
+
+/// A tensor of the offline walk: shape, and masks once it is opened.
+#[derive(Clone)]
+pub struct OffTensor(Rc<Inner>);
+
+struct Inner {
+    meta: Meta,
+    cell: RefCell<MaskCell>,
+}
+
+struct MaskCell {
+    opening: Opening,
+    /// Mask of party i where this role knows it and it is not trivial.
+    mask: [Option<Ring>; 2],
+    /// At a party, for a session-long parameter: the masked value.
+    masked: Option<Ring>,
+    is_parameter: bool,
+}
+
+impl Offline {
+    /// Counts cost and hashes the program.
+    pub(crate) fn count(comparison: Comparison) -> Offline {
+        Offline::new(Role::Count, comparison)
+    }
+
+    /// The dealer's walk.
+    pub(crate) fn dealer(comparison: Comparison, seeds: [Seed; 2], sinks: [Box<dyn Sink>; 2]) -> Offline {
+        Offline::new(
+            Role::Dealer {
+                seeds,
+                sinks: RefCell::new(sinks),
+            },
+            comparison,
+        )
+    }
+
+    /// A party's preparing walk.
+    pub(crate) fn party(
+        comparison: Comparison,
+        party: Party,
+        seed: Seed,
+        source: Box<dyn Source>,
+        queue: Queue,
+        parameters: Arc<ParameterStore>,
+    ) -> Offline {
+        Offline::new(
+            Role::Party {
+                party,
+                seed,
+                source: RefCell::new(source),
+                queue,
+                parameters,
+            },
+            comparison,
+        )
+    }
+
+    fn new(role: Role, comparison: Comparison) -> Offline {
+        Offline {
+            role,
+            comparison,
+            next_gate: Cell::new(0),
+            next_parameter: Cell::new(PARAMETER_GATES),
+            tally: RefCell::default(),
+            program: RefCell::new(Sha256::new()),
+            material: RefCell::default(),
+            #[cfg(debug_assertions)]
+            drawn: RefCell::default(),
+        }
+    }
+
+    /// What was counted so far.
+    pub fn tally(&self) -> Ref<'_, Tally> {
+        self.tally.borrow()
+    }
+
+    /// Hash of every gate, shape and public constant so far.
+    pub fn program_hash(&self) -> [u8; 32] {
+        self.program.borrow().clone().finalize().into()
+    }
+
+    /// Everything was dealt.
+    pub(crate) fn finish(&self) -> Result<()> {
+        if let Role::Dealer { sinks, .. } = &self.role {
+            for sink in sinks.borrow_mut().iter_mut() {
+                sink.finish()?;
+            }
+        }
+        Ok(())
+    }
+
+    // ---- for the protocols ----
+
+    /// How this program compares.
+    pub(crate) fn comparison(&self) -> Comparison {
+        self.comparison
+    }
+
+    /// Notes that a stream of randomness is drawn from, in every role's walk; debug builds refuse a second time.
+    pub(crate) fn claim(&self, stream: (GateId, u16)) {
+        #[cfg(debug_assertions)]
+        assert!(
+            self.drawn.borrow_mut().insert(stream),
+            "the randomness of gate and slot {stream:?} would serve twice"
+        );
+        #[cfg(not(debug_assertions))]
+        let _ = stream;
+    }
+
+    /// Starts a gate: its number, under which its randomness is expanded.
+    pub(crate) fn gate(&self, name: &'static str, detail: &[u8]) -> GateId {
+        let id = self.next_gate.get();
+        self.next_gate.set(id + 1);
+        self.material.borrow_mut().gate = id;
+        self.record(name, detail);
+        id
+    }
+
+    /// Ends a gate: its material goes to the online walk.
+    pub(crate) fn end_gate(&self) -> Result<()> {
+        let material = self.material.take();
+        match &self.role {
+            Role::Party { queue, .. } => queue.push(material),
+            _ => Ok(()),
+        }
+    }
+
+    /// Fresh tensor.
+    pub(crate) fn tensor(&self, meta: Meta) -> OffTensor {
+        let cell = MaskCell {
+            opening: Opening::new(meta.owner),
+            mask: [None, None],
+            masked: None,
+            is_parameter: false,
+        };
+        OffTensor(Rc::new(Inner {
+            meta,
+            cell: RefCell::new(cell),
+        }))
+    }
+
+    /// Whether this role is the dealer: only then is it worth computing with masks.
+    pub(crate) fn is_dealer(&self) -> bool {
+        matches!(self.role, Role::Dealer { .. })
+    }
+
+    /// The party whose walk this is.
+    pub(crate) fn party_role(&self) -> Option<Party> {
+        match &self.role {
+            Role::Party { party, .. } => Some(*party),
+            _ => None,
+        }
+    }
+
+    /// Mask of `x` held by party `i`, at a role that knows it (None also if the party holds nothing).
+    pub(crate) fn mask_of(&self, x: &OffTensor, i: usize) -> Option<Ring> {
+        x.0.cell.borrow().mask[i].clone()
+    }
+
+    /// The dealer's view of the whole mask r0 + r1.
+    pub(crate) fn mask(&self, x: &OffTensor) -> Result<Ring> {
+        let cell = x.0.cell.borrow();
+        Ok(match &cell.mask {
+            [Some(a), Some(b)] => a.add(b)?,
+            [Some(a), None] | [None, Some(a)] => a.clone(),
+            [None, None] => Ring::zeros(x.0.meta.dims.clone()),
+        })
+    }
+
+    /// The masked value of a session-long parameter, at a party that knows it.
+    pub(crate) fn masked_parameter(&self, x: &OffTensor) -> Option<Ring> {
+        x.0.cell.borrow().masked.clone()
+    }
+
+    /// Whether `x` is a parameter that was opened at set-up, so that products with its masked value can be prepared.
+    pub(crate) fn is_parameter(&self, x: &OffTensor) -> bool {
+        x.0.cell.borrow().is_parameter
+    }
+
+    /// Whether both parties know the masked value of `x` (or will, by what was requested so far).
+    pub(crate) fn is_open(&self, x: &OffTensor) -> bool {
+        x.0.cell.borrow().opening.is_full()
+    }
+
+    /// Requests openings, all in one round.
+    pub(crate) fn open_for(&self, requests: &[(&OffTensor, Learners)]) {
+        let mut bytes = [0; 2];
+        for (x, learners) in requests {
+            let sends = self.request(x, *learners, || {
+                let id = self.next_gate.get();
+                self.next_gate.set(id + 1);
+                id
+            });
+            for i in 0..2 {
+                bytes[i] += if sends[i] { 8 * x.0.meta.len() as u64 } else { 0 };
+            }
+        }
+        self.exchanged("open", bytes);
+    }
+
+    fn request(&self, x: &OffTensor, learners: Learners, fresh: impl FnOnce() -> GateId) -> [bool; 2] {
+        let mut cell = x.0.cell.borrow_mut();
+        let (sends, first) = cell.opening.request(learners, fresh);
+        if first {
+            let id = cell.opening.id.expect("set by request");
+            self.claim((id, 0));
+            for i in 0..2 {
+                if holds(x.0.meta.owner, i) {
+                    cell.mask[i] = self
+                        .seed_of(i)
+                        .map(|s| Prg::new(s, id, 0).ring(x.0.meta.dims.clone()));
+                }
+            }
+        }
+        sends
+    }
+
+    fn seed_of(&self, i: usize) -> Option<&Seed> {
+        match &self.role {
+            Role::Count => None,
+            Role::Dealer { seeds, .. } => Some(&seeds[i]),
+            Role::Party { party, seed, .. } => (party.index() == i).then_some(seed),
+        }
+    }
+
+    /// One round in which party i sends `bytes[i]`; none if nothing is sent.
+    pub(crate) fn exchanged(&self, operation: Operation, bytes: [u64; 2]) {
+        self.tally.borrow_mut().exchanged(operation, bytes);
+    }
+
+    /// Online multiply-adds of each party.
+    pub(crate) fn computed(&self, operation: Operation, macs: [u64; 2]) {
+        self.tally.borrow_mut().computed(operation, macs);
+    }
+
+    /// Uniform values below 2^bits that both parties hold shares of (modulo 2^bits): party i's own part, expanded
+    /// from its seed. At the dealer, the sum of both parts.
+    pub(crate) fn small_mask(&self, gate: GateId, slot: u16, n: usize, bits: u32) -> Option<Vec<u64>> {
+        self.claim((gate, slot));
+        match &self.role {
+            Role::Count => None,
+            Role::Dealer { seeds, .. } => {
+                let mut a = Prg::new(&seeds[0], gate, slot).bits(n, bits);
+                let b = Prg::new(&seeds[1], gate, slot).bits(n, bits);
+                a.iter_mut()
+                    .zip(b)
+                    .for_each(|(a, b)| *a = a.wrapping_add(b) & low_bits(bits));
+                Some(a)
+            }
+            Role::Party { seed, .. } => Some(Prg::new(seed, gate, slot).bits(n, bits)),
+        }
+    }
+
+    /// As [`Offline::small_mask`], `words` words of bits that the parties hold shares of by xor.
+    pub(crate) fn bit_mask(&self, gate: GateId, slot: u16, words: usize) -> Option<Vec<u64>> {
+        self.claim((gate, slot));
+        match &self.role {
+            Role::Count => None,
+            Role::Dealer { seeds, .. } => {
+                let mut a = Prg::new(&seeds[0], gate, slot).vec(words);
+                let b = Prg::new(&seeds[1], gate, slot).vec(words);
+                a.iter_mut().zip(b).for_each(|(a, b)| *a ^= b);
+                Some(a)
+            }
+            Role::Party { seed, .. } => Some(Prg::new(seed, gate, slot).vec(words)),
+        }
+    }
+
+    /// Deals shares, modulo 2^bits, of `n` values that the dealer computes: the first party expands its shares from
+    /// its seed, the second receives corrections of `bits` bits each.
+    pub(crate) fn correlate(
+        &self,
+        operation: Operation,
+        stream: (GateId, u16),
+        n: usize,
+        bits: u32,
+        values: impl FnOnce() -> Result<Vec<u64>>,
+    ) -> Result<Option<Vec<u64>>> {
+        self.correct(operation, stream, n, bits, values, u64::wrapping_sub)
+    }
+
+    /// Deals shares by xor of `words` words of bits, straight into the gate's material.
+    pub(crate) fn deal_bits(
+        &self,
+        operation: Operation,
+        stream: (GateId, u16),
+        words: usize,
+        values: impl FnOnce() -> Result<Vec<u64>>,
+    ) -> Result<()> {
+        if let Some(words) = self.correct(operation, stream, words, 64, values, |v, a| v ^ a)? {
+            self.put(words);
+        }
+        Ok(())
+    }
+
+    /// Deals `n` words of `bits` bits; the correction is `less` of the value and the first party's share.
+    fn correct(
+        &self,
+        operation: Operation,
+        (gate, slot): (GateId, u16),
+        n: usize,
+        bits: u32,
+        values: impl FnOnce() -> Result<Vec<u64>>,
+        less: impl Fn(u64, u64) -> u64,
+    ) -> Result<Option<Vec<u64>>> {
+        self.claim((gate, slot));
+        let bytes = pack::packed_len(n, bits);
+        self.tally.borrow_mut().dealt(operation, [0, bytes as u64]);
+        match &self.role {
+            Role::Count => Ok(None),
+            Role::Dealer { seeds, sinks } => {
+                let mut values = values()?;
+                debug_assert_eq!(values.len(), n);
+                let first = Prg::new(&seeds[0], gate, slot).bits(n, bits);
+                for (v, a) in values.iter_mut().zip(first) {
+                    *v = less(*v, a) & low_bits(bits);
+                }
+                sinks.borrow_mut()[1].put(&pack::pack(&values, bits))?;
+                Ok(None)
+            }
+            Role::Party {
+                party: Party::P0,
+                seed,
+                ..
+            } => Ok(Some(Prg::new(seed, gate, slot).bits(n, bits))),
+            Role::Party {
+                party: Party::P1,
+                source,
+                ..
+            } => {
+                let mut packed = vec![0; bytes];
+                source.borrow_mut().take(&mut packed)?;
+                let mut words = vec![0; n];
+                pack::unpack(&packed, n, bits, &mut words)?;
+                Ok(Some(words))
+            }
+        }
+    }
+
+    /// As [`Offline::correlate`], straight into the gate's material.
+    pub(crate) fn deal(
+        &self,
+        operation: Operation,
+        stream: (GateId, u16),
+        n: usize,
+        bits: u32,
+        values: impl FnOnce() -> Result<Vec<u64>>,
+    ) -> Result<()> {
+        if let Some(words) = self.correlate(operation, stream, n, bits, values)? {
+            self.put(words);
+        }
+        Ok(())
+    }
+
+    /// Adds words to the gate's material.
+    pub(crate) fn put(&self, words: Vec<u64>) {
+        self.material.borrow_mut().words.push_back(words);
+    }
+
+    /// Deals `n` function-secret-sharing keys of `key_bytes` each to both parties; `generate` writes those of a range
+    /// of the elements.
+    pub(crate) fn keys(
+        &self,
+        operation: Operation,
+        (gate, slot): (GateId, u16),
+        n: usize,
+        key_bytes: usize,
+        generate: impl Fn(Range<usize>, [&[u128]; 2], &mut [u8]) -> Result<()>,
+    ) -> Result<()> {
+        self.claim((gate, slot));
+        let bytes = n * key_bytes;
+        self.tally.borrow_mut().dealt(operation, [bytes as u64; 2]);
+        match &self.role {
+            Role::Count => {}
+            Role::Dealer { seeds, sinks } => {
+                let mut streams = [0, 1].map(|i| Prg::new(&seeds[i], gate, slot));
+                let mut keys = vec![0; KEY_BATCH.min(n) * key_bytes];
+                for start in (0..n).step_by(KEY_BATCH) {
+                    let range = start..n.min(start + KEY_BATCH);
+                    let roots = streams.each_mut().map(|s| s.blocks(range.len()));
+                    let keys = &mut keys[..range.len() * key_bytes];
+                    generate(range, [&roots[0], &roots[1]], keys)?;
+                    for sink in sinks.borrow_mut().iter_mut() {
+                        sink.put(keys)?;
+                    }
+                }
+            }
+            Role::Party { seed, source, .. } => {
+                let mut keys = vec![0; bytes];
+                for batch in keys.chunks_mut(KEY_BATCH * key_bytes) {
+                    source.borrow_mut().take(batch)?;
+                }
+                let roots = Prg::new(seed, gate, slot).blocks(n);
+                self.material.borrow_mut().keys.push_back((roots, keys));
+            }
+        }
+        Ok(())
+    }
+
+    fn record(&self, name: &str, detail: &[u8]) {
+        let mut hash = self.program.borrow_mut();
+        hash.update((name.len() as u64).to_le_bytes());
+        hash.update(name);
+        hash.update((detail.len() as u64).to_le_bytes());
+        hash.update(detail);
+    }
+
+    fn record_meta(&self, name: &str, meta: &Meta) {
+        self.record(name, format!("{meta:?}").as_bytes());
+    }
+}
+
+/// 2^bits - 1.
+pub(crate) fn low_bits(bits: u32) -> u64 {
+    if bits >= 64 { u64::MAX } else { (1 << bits) - 1 }
+}
+
+impl Gates for Offline {
+    type T = OffTensor;
+
+    fn meta<'a>(&self, x: &'a OffTensor) -> &'a Meta {
+        &x.0.meta
+    }
+
+    fn enter(&self, owner: Owner, dims: &[usize], _values: Option<&[f32]>) -> Result<OffTensor> {
+        let meta = Meta {
+            dims: dims.to_vec(),
+            scale: SCALE,
+            owner,
+        };
+        self.record_meta("input", &meta);
+        Ok(self.tensor(meta))
+    }
+
+    fn parameter(&self, owner: Owner, dims: &[usize], _values: Option<&[f32]>) -> Result<OffTensor> {
+        let meta = Meta {
+            dims: dims.to_vec(),
+            scale: SCALE,
+            owner,
+        };
+        self.record_meta("parameter", &meta);
+        let x = self.tensor(meta);
+        let id = self.next_parameter.get();
+        self.next_parameter.set(id + 1);
+        if gates::opens_at_setup(owner, dims) {
+            let sends = self.request(&x, BOTH, || id);
+            let size = 8 * x.0.meta.len() as u64;
+            self.tally
+                .borrow_mut()
+                .setup(sends.map(|s| if s { size } else { 0 }));
+            let mut cell = x.0.cell.borrow_mut();
+            cell.is_parameter = true;
+            if let Role::Party { parameters, .. } = &self.role {
+                cell.masked = parameters.wait((id - PARAMETER_GATES) as usize)?;
+            }
+        } else if let Role::Party { parameters, .. } = &self.role {
+            parameters.wait((id - PARAMETER_GATES) as usize)?;
+        }
+        Ok(x)
+    }
+
+    fn local(&self, x: &OffTensor, map: &Local) -> Result<OffTensor> {
+        self.record("local", format!("{map:?}").as_bytes());
+        let out = self.tensor(map.meta(&x.0.meta)?);
+        let from = x.0.cell.borrow();
+        if from.opening.id.is_some() {
+            let mut cell = out.0.cell.borrow_mut();
+            cell.opening = from.opening.clone();
+            cell.is_parameter = from.is_parameter;
+            for i in 0..2 {
+                cell.mask[i] = from.mask[i].as_ref().map(|m| map.apply(m)).transpose()?;
+            }
+            cell.masked = from.masked.as_ref().map(|m| map.apply(m)).transpose()?;
+        }
+        drop(from);
+        Ok(out)
+    }
+
+    fn concat(&self, xs: &[&OffTensor], dim: usize) -> Result<OffTensor> {
+        let metas: Vec<&Meta> = xs.iter().map(|x| &x.0.meta).collect();
+        self.record("concat", &[dim as u8]);
+        Ok(self.tensor(gates::concat_meta(&metas, dim)?))
+    }
+
+    fn sum_of(&self, a: &OffTensor, b: &OffTensor, subtract: bool) -> Result<OffTensor> {
+        self.record("sum_of", &[u8::from(subtract)]);
+        Ok(self.tensor(gates::sum_meta(&a.0.meta, &b.0.meta)?))
+    }
+
+    fn add_constant(&self, x: &OffTensor, c: u64) -> Result<OffTensor> {
+        self.record("add_constant", &c.to_le_bytes());
+        // The mask stays, the masked value moves by the constant.
+        let out = self.tensor(x.0.meta.clone());
+        let from = x.0.cell.borrow();
+        if from.opening.is_full() {
+            let mut cell = out.0.cell.borrow_mut();
+            cell.opening = from.opening.clone();
+            cell.mask = from.mask.clone();
+        }
+        drop(from);
+        Ok(out)
+    }
+
+    fn open(&self, xs: &[&OffTensor]) -> Result<()> {
+        let requests: Vec<_> = xs.iter().map(|x| (*x, BOTH)).collect();
+        self.record("open", &[]);
+        self.open_for(&requests);
+        Ok(())
+    }
+
+    fn product(&self, kind: Product, a: &OffTensor, b: &OffTensor) -> Result<OffTensor> {
+        protocols::product::offline(self, kind, a, b)
+    }
+
+    fn truncate(&self, xs: &[(&OffTensor, u32)], faithful: bool) -> Result<Vec<OffTensor>> {
+        protocols::truncate::offline(self, xs, faithful)
+    }
+
+    fn series(&self, x: &OffTensor, series: &Arc<Series>) -> Result<OffTensor> {
+        protocols::trigonometric::offline(self, x, series)
+    }
+
+    fn positive_part(&self, x: &OffTensor) -> Result<OffTensor> {
+        protocols::compare::offline(self, x, true)
+    }
+
+    fn non_negative(&self, x: &OffTensor) -> Result<OffTensor> {
+        protocols::compare::offline(self, x, false)
+    }
+
+    fn steps(&self, x: &OffTensor, spec: &Arc<Steps>) -> Result<Vec<OffTensor>> {
+        steps::offline(self, x, spec)
+    }
+
+    fn coarse_max(&self, x: &OffTensor, spec: &CoarseMax) -> Result<OffTensor> {
+        coarse_max::offline(self, x, spec)
+    }
+
+    fn lookup(
+        &self,
+        x: &OffTensor,
+        bits: u32,
+        tables: &[Arc<Vec<u64>>],
+        scale: u32,
+    ) -> Result<Vec<OffTensor>> {
+        protocols::lookup::offline(self, x, bits, tables, scale)
+    }
+
+    fn reveal_to(&self, x: &OffTensor, to: Party) -> Result<Option<Revealed>> {
+        protocols::reveal::offline(self, x, to)
+    }
+}

@@ -1,0 +1,532 @@
+//! The online walk of one compute party.
+
+use std::cell::{Cell, OnceCell, RefCell};
+use std::collections::VecDeque;
+use std::rc::Rc;
+use std::sync::{Arc, mpsc};
+
+use veiltune_ring::Ring;
+use veiltune_ring::prg::{Prg, Seed};
+use veiltune_wire::{Link, pack};
+
+use crate::gates::{self, Gates, Local, Meta, Product, SCALE};
+use crate::material::{Material, ParameterStore};
+use crate::offline::low_bits;
+use crate::opening::{BOTH, GateId, Learners, Opening, PARAMETER_GATES, holds};
+use crate::protocols::{
+    self,
+    coarse_max::{self, CoarseMax},
+    compare::Comparison,
+    steps::{self, Steps},
+};
+use crate::series::Series;
+use crate::{Error, Owner, Party, Result, Revealed};
+
+/// Ring elements a message: sending, receiving and computing overlap at this grain.
+const CHUNK: usize = 1 << 16;
+
+/// See the module.
+pub struct Online {
+    party: Party,
+    comparison: Comparison,
+    seed: Seed,
+    link: Arc<dyn Link>,
+    material: mpsc::Receiver<Material>,
+    parameters: Arc<ParameterStore>,
+    next_gate: Cell<GateId>,
+    next_parameter: Cell<GateId>,
+    shares: RefCell<VecDeque<Ring>>,
+}
+
+/// A party's part of a tensor. Its `Debug` shows the shape alone.
+#[derive(Clone)]
+pub struct Share(Rc<Inner>);
+
+struct Inner {
+    meta: Meta,
+    /// This party's additive share; None is zero. For a public tensor, the value itself, at both parties.
+    share: Option<Ring>,
+    cell: RefCell<OpenCell>,
+}
+
+struct OpenCell {
+    opening: Opening,
+    /// This party's mask; None is zero.
+    mask: Option<Ring>,
+    /// The peer's piece, once received; None is zero once `opening.sent` says it was sent.
+    peer: Option<Ring>,
+    masked: OnceCell<Ring>,
+    is_parameter: bool,
+}
+
+impl std::fmt::Debug for Share {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "Share({:?}, scale {}, ..)",
+            self.0.meta.dims, self.0.meta.scale
+        )
+    }
+}
+
+impl Online {
+    pub(crate) fn new(
+        comparison: Comparison,
+        party: Party,
+        seed: Seed,
+        link: Arc<dyn Link>,
+        material: mpsc::Receiver<Material>,
+        parameters: Arc<ParameterStore>,
+        shares: VecDeque<Ring>,
+    ) -> Online {
+        Online {
+            party,
+            comparison,
+            seed,
+            link,
+            material,
+            parameters,
+            next_gate: Cell::new(0),
+            next_parameter: Cell::new(PARAMETER_GATES),
+            shares: RefCell::new(shares),
+        }
+    }
+
+    // ---- for the protocols ----
+
+    /// Which party this is.
+    pub(crate) fn party(&self) -> Party {
+        self.party
+    }
+
+    /// How this program compares.
+    pub(crate) fn comparison(&self) -> Comparison {
+        self.comparison
+    }
+
+    /// Whether this is the first party, which adds public constants.
+    pub(crate) fn is_first(&self) -> bool {
+        self.party == Party::P0
+    }
+
+    /// Starts a gate and takes its material.
+    pub(crate) fn gate(&self) -> Result<(GateId, Material)> {
+        let id = self.fresh();
+        let material = self
+            .material
+            .recv()
+            .map_err(|_| Error::Stopped("the offline phase"))?;
+        if material.gate != id {
+            return Err(Error::program(
+                "gate",
+                format!("material of gate {} at gate {id}", material.gate),
+            ));
+        }
+        Ok((id, material))
+    }
+
+    /// A new tensor with this share.
+    pub(crate) fn tensor(&self, meta: Meta, share: Option<Ring>) -> Share {
+        let cell = OpenCell {
+            opening: Opening::new(meta.owner),
+            mask: None,
+            peer: None,
+            masked: OnceCell::new(),
+            is_parameter: false,
+        };
+        Share(Rc::new(Inner {
+            meta,
+            share,
+            cell: RefCell::new(cell),
+        }))
+    }
+
+    /// This party's additive share (a public value belongs to the first party's).
+    pub(crate) fn share(&self, x: &Share) -> Option<Ring> {
+        if x.0.meta.owner == Owner::Public && !self.is_first() {
+            None
+        } else {
+            x.0.share.clone()
+        }
+    }
+
+    /// The share, zeros if it is trivial.
+    pub(crate) fn share_or_zeros(&self, x: &Share) -> Ring {
+        self.share(x)
+            .unwrap_or_else(|| Ring::zeros(x.0.meta.dims.clone()))
+    }
+
+    /// The value itself, where it is known in the clear: public, or this party's own.
+    pub(crate) fn known(&self, x: &Share) -> Option<Ring> {
+        match x.0.meta.owner {
+            Owner::Public => x.0.share.clone(),
+            Owner::Party(p) if p == self.party => x.0.share.clone(),
+            _ => None,
+        }
+    }
+
+    /// This party's mask of `x`; None is zero.
+    pub(crate) fn mask(&self, x: &Share) -> Option<Ring> {
+        x.0.cell.borrow().mask.clone()
+    }
+
+    /// The peer's piece x_j + r_j, where it was received.
+    pub(crate) fn peer_piece(&self, x: &Share) -> Option<Ring> {
+        x.0.cell.borrow().peer.clone()
+    }
+
+    /// The opened masked value x + r.
+    pub(crate) fn masked(&self, x: &Share) -> Result<Ring> {
+        let cell = x.0.cell.borrow();
+        if let Some(m) = cell.masked.get() {
+            return Ok(m.clone());
+        }
+        if let (Owner::Public, Some(value)) = (x.0.meta.owner, &x.0.share) {
+            return Ok(value.clone());
+        }
+        let mut sum = self.share_or_zeros(x);
+        for part in [&cell.mask, &cell.peer].into_iter().flatten() {
+            sum.add_assign(part)?;
+        }
+        Ok(cell.masked.get_or_init(|| sum).clone())
+    }
+
+    /// Whether both parties know the masked value.
+    pub(crate) fn is_open(&self, x: &Share) -> bool {
+        x.0.cell.borrow().opening.is_full()
+    }
+
+    /// Whether `x` is a session parameter that was opened at set-up.
+    pub(crate) fn is_parameter(&self, x: &Share) -> bool {
+        x.0.cell.borrow().is_parameter
+    }
+
+    /// Opens masked values for the given learners, all in one round.
+    pub(crate) fn open_for(&self, requests: &[(&Share, Learners)]) -> Result<()> {
+        let mut incoming: Vec<&Share> = Vec::new();
+        let (me, mut any) = (self.party.index(), false);
+        for (x, learners) in requests {
+            let sends = self.request(x, *learners, || self.fresh());
+            any |= (sends[0] || sends[1]) && !x.0.meta.is_empty();
+            if sends[me] {
+                let mask = self.mask(x);
+                let share = self.share(x);
+                self.send_words(64, x.0.meta.len(), |start, out| {
+                    for part in [&share, &mask].into_iter().flatten() {
+                        let part = &part.as_slice()[start..start + out.len()];
+                        out.iter_mut()
+                            .zip(part)
+                            .for_each(|(o, p)| *o = o.wrapping_add(*p));
+                    }
+                })?;
+            }
+            if sends[1 - me] {
+                incoming.push(x);
+            }
+        }
+        for x in incoming {
+            let words = self.receive_words(64, x.0.meta.len())?;
+            x.0.cell.borrow_mut().peer = Some(Ring::new(x.0.meta.dims.clone(), words)?);
+        }
+        if any {
+            self.link.round();
+        }
+        Ok(())
+    }
+
+    fn request(&self, x: &Share, learners: Learners, fresh: impl FnOnce() -> GateId) -> [bool; 2] {
+        let mut cell = x.0.cell.borrow_mut();
+        let (sends, first) = cell.opening.request(learners, fresh);
+        if first && holds(x.0.meta.owner, self.party.index()) {
+            let id = cell.opening.id.expect("set by request");
+            cell.mask = Some(Prg::new(&self.seed, id, 0).ring(x.0.meta.dims.clone()));
+        }
+        sends
+    }
+
+    /// One round: both parties send `mine` modulo 2^bits and get the sum of both.
+    pub(crate) fn open_words(&self, mine: Vec<u64>, bits: u32) -> Result<Vec<u64>> {
+        self.send_words(bits, mine.len(), |start, out| {
+            out.copy_from_slice(&mine[start..start + out.len()])
+        })?;
+        let mut sum = self.receive_words(bits, mine.len())?;
+        for (s, m) in sum.iter_mut().zip(&mine) {
+            *s = s.wrapping_add(*m) & low_bits(bits);
+        }
+        if !mine.is_empty() {
+            self.link.round();
+        }
+        Ok(sum)
+    }
+
+    /// One round: both parties send `mine` and get the xor of both.
+    pub(crate) fn open_bits(&self, mine: &[u64]) -> Result<Vec<u64>> {
+        self.send_words(64, mine.len(), |start, out| {
+            out.copy_from_slice(&mine[start..start + out.len()])
+        })?;
+        let mut sum = self.receive_words(64, mine.len())?;
+        sum.iter_mut().zip(mine).for_each(|(s, m)| *s ^= m);
+        if !mine.is_empty() {
+            self.link.round();
+        }
+        Ok(sum)
+    }
+
+    /// One round in which only `from` sends.
+    pub(crate) fn send_one_way(
+        &self,
+        from: Party,
+        words: Option<&Ring>,
+        len: usize,
+    ) -> Result<Option<Vec<u64>>> {
+        let out = if from == self.party {
+            self.send_words(64, len, |start, out| {
+                if let Some(w) = words {
+                    out.copy_from_slice(&w.as_slice()[start..start + out.len()]);
+                }
+            })?;
+            None
+        } else {
+            Some(self.receive_words(64, len)?)
+        };
+        if len > 0 {
+            self.link.round();
+        }
+        Ok(out)
+    }
+
+    /// This party's part of a small mask; see [`Offline::small_mask`](crate::offline::Offline::small_mask).
+    pub(crate) fn small_mask(&self, gate: GateId, slot: u16, n: usize, bits: u32) -> Vec<u64> {
+        Prg::new(&self.seed, gate, slot).bits(n, bits)
+    }
+
+    /// This party's part of a mask of bits; see [`Offline::bit_mask`](crate::offline::Offline::bit_mask).
+    pub(crate) fn bit_mask(&self, gate: GateId, slot: u16, words: usize) -> Vec<u64> {
+        Prg::new(&self.seed, gate, slot).vec(words)
+    }
+
+    fn fresh(&self) -> GateId {
+        let id = self.next_gate.get();
+        self.next_gate.set(id + 1);
+        id
+    }
+
+    fn send_words(&self, bits: u32, len: usize, fill: impl Fn(usize, &mut [u64])) -> Result<()> {
+        let mut words = vec![0; len.min(CHUNK)];
+        for start in (0..len).step_by(CHUNK) {
+            let piece = &mut words[..CHUNK.min(len - start)];
+            piece.fill(0);
+            fill(start, piece);
+            self.link.send(pack::pack(piece, bits))?;
+        }
+        Ok(())
+    }
+
+    fn receive_words(&self, bits: u32, len: usize) -> Result<Vec<u64>> {
+        let mut words = vec![0; len];
+        let mut packed = vec![0; pack::packed_len(len.min(CHUNK), bits)];
+        for piece in words.chunks_mut(CHUNK) {
+            let packed = &mut packed[..pack::packed_len(piece.len(), bits)];
+            self.link.recv(packed)?;
+            pack::unpack(packed, piece.len(), bits, piece)?;
+        }
+        Ok(words)
+    }
+}
+
+impl Gates for Online {
+    type T = Share;
+
+    fn meta<'a>(&self, x: &'a Share) -> &'a Meta {
+        &x.0.meta
+    }
+
+    fn enter(&self, owner: Owner, dims: &[usize], values: Option<&[f32]>) -> Result<Share> {
+        let meta = Meta {
+            dims: dims.to_vec(),
+            scale: SCALE,
+            owner,
+        };
+        let mine = match owner {
+            Owner::Public => true,
+            Owner::Party(p) => p == self.party,
+            Owner::Shared => {
+                let share = self.shares.borrow_mut().pop_front();
+                let share =
+                    share.ok_or_else(|| Error::program("input", "no share was given for a shared input"))?;
+                if share.dims() != dims {
+                    return Err(Error::program(
+                        "input",
+                        format!("a share of {:?} for shape {dims:?}", share.dims()),
+                    ));
+                }
+                return Ok(self.tensor(meta, Some(share)));
+            }
+        };
+        let share = match (mine, values) {
+            (true, Some(v)) => Some(gates::encode("input", dims, v)?),
+            (true, None) => return Err(gates::missing("input", owner)),
+            (false, _) => None,
+        };
+        Ok(self.tensor(meta, share))
+    }
+
+    fn parameter(&self, owner: Owner, dims: &[usize], values: Option<&[f32]>) -> Result<Share> {
+        let x = self.enter(owner, dims, values)?;
+        let id = self.next_parameter.get();
+        self.next_parameter.set(id + 1);
+        if gates::opens_at_setup(owner, dims) {
+            let sends = self.request(&x, BOTH, || id);
+            let me = self.party.index();
+            let len = x.0.meta.len();
+            if sends[me] {
+                let (mask, share) = (self.mask(&x), self.share(&x));
+                self.send_words(64, len, |start, out| {
+                    for part in [&share, &mask].into_iter().flatten() {
+                        let part = &part.as_slice()[start..start + out.len()];
+                        out.iter_mut()
+                            .zip(part)
+                            .for_each(|(o, p)| *o = o.wrapping_add(*p));
+                    }
+                })?;
+            }
+            if sends[1 - me] {
+                let words = self.receive_words(64, len)?;
+                x.0.cell.borrow_mut().peer = Some(Ring::new(dims.to_vec(), words)?);
+            }
+            x.0.cell.borrow_mut().is_parameter = true;
+            self.parameters.push(Some(self.masked(&x)?));
+        } else {
+            self.parameters.push(None);
+        }
+        Ok(x)
+    }
+
+    fn local(&self, x: &Share, map: &Local) -> Result<Share> {
+        let apply = |r: &Option<Ring>| r.as_ref().map(|r| map.apply(r)).transpose();
+        let out = self.tensor(map.meta(&x.0.meta)?, apply(&x.0.share)?);
+        let from = x.0.cell.borrow();
+        if from.opening.id.is_some() {
+            let mut cell = out.0.cell.borrow_mut();
+            cell.opening = from.opening.clone();
+            cell.is_parameter = from.is_parameter;
+            cell.mask = apply(&from.mask)?;
+            cell.peer = apply(&from.peer)?;
+            if let Some(m) = from.masked.get() {
+                cell.masked = OnceCell::from(map.apply(m)?);
+            }
+        }
+        drop(from);
+        Ok(out)
+    }
+
+    fn concat(&self, xs: &[&Share], dim: usize) -> Result<Share> {
+        let metas: Vec<&Meta> = xs.iter().map(|x| &x.0.meta).collect();
+        let meta = gates::concat_meta(&metas, dim)?;
+        let parts: Vec<Ring> = xs
+            .iter()
+            .map(|x| match meta.owner {
+                Owner::Public => {
+                    x.0.share
+                        .clone()
+                        .unwrap_or_else(|| Ring::zeros(x.0.meta.dims.clone()))
+                }
+                _ => self.share_or_zeros(x),
+            })
+            .collect();
+        let cat = Ring::cat(&parts.iter().collect::<Vec<_>>(), dim)?;
+        Ok(self.tensor(meta, Some(cat)))
+    }
+
+    fn sum_of(&self, a: &Share, b: &Share, subtract: bool) -> Result<Share> {
+        let meta = gates::sum_meta(&a.0.meta, &b.0.meta)?;
+        let (x, y) = match meta.owner {
+            Owner::Public => (a.0.share.clone(), b.0.share.clone()),
+            _ => (self.share(a), self.share(b)),
+        };
+        let sum = match (x, y) {
+            (None, None) => None,
+            (x, y) => {
+                let x = x.unwrap_or_else(|| Ring::zeros(a.0.meta.dims.clone()));
+                let y = y.unwrap_or_else(|| Ring::zeros(b.0.meta.dims.clone()));
+                Some(if subtract { x.sub(&y)? } else { x.add(&y)? })
+            }
+        };
+        Ok(self.tensor(meta, sum))
+    }
+
+    fn add_constant(&self, x: &Share, c: u64) -> Result<Share> {
+        let adds = match x.0.meta.owner {
+            Owner::Public => true,
+            Owner::Party(p) => p == self.party,
+            Owner::Shared => self.is_first(),
+        };
+        let share = if adds {
+            Some(
+                x.0.share
+                    .clone()
+                    .unwrap_or_else(|| Ring::zeros(x.0.meta.dims.clone()))
+                    .add_scalar(c),
+            )
+        } else {
+            x.0.share.clone()
+        };
+        let out = self.tensor(x.0.meta.clone(), share);
+        let from = x.0.cell.borrow();
+        if from.opening.is_full() {
+            let masked = self.masked(x)?.add_scalar(c);
+            let mut cell = out.0.cell.borrow_mut();
+            cell.opening = from.opening.clone();
+            cell.mask = from.mask.clone();
+            cell.masked = OnceCell::from(masked);
+            // The peer's piece moved only if the peer is the one that adds; products across owners need it.
+            cell.peer = match (&from.peer, adds) {
+                (Some(p), false) => Some(p.add_scalar(c)),
+                (p, _) => p.clone(),
+            };
+        }
+        drop(from);
+        Ok(out)
+    }
+
+    fn open(&self, xs: &[&Share]) -> Result<()> {
+        let requests: Vec<_> = xs.iter().map(|x| (*x, BOTH)).collect();
+        self.open_for(&requests)
+    }
+
+    fn product(&self, kind: Product, a: &Share, b: &Share) -> Result<Share> {
+        protocols::product::online(self, kind, a, b)
+    }
+
+    fn truncate(&self, xs: &[(&Share, u32)], faithful: bool) -> Result<Vec<Share>> {
+        protocols::truncate::online(self, xs, faithful)
+    }
+
+    fn series(&self, x: &Share, series: &Arc<Series>) -> Result<Share> {
+        protocols::trigonometric::online(self, x, series)
+    }
+
+    fn positive_part(&self, x: &Share) -> Result<Share> {
+        protocols::compare::online(self, x, true)
+    }
+
+    fn non_negative(&self, x: &Share) -> Result<Share> {
+        protocols::compare::online(self, x, false)
+    }
+
+    fn steps(&self, x: &Share, spec: &Arc<Steps>) -> Result<Vec<Share>> {
+        steps::online(self, x, spec)
+    }
+
+    fn coarse_max(&self, x: &Share, spec: &CoarseMax) -> Result<Share> {
+        coarse_max::online(self, x, spec)
+    }
+
+    fn lookup(&self, x: &Share, bits: u32, tables: &[Arc<Vec<u64>>], scale: u32) -> Result<Vec<Share>> {
+        protocols::lookup::online(self, x, bits, tables, scale)
+    }
+
+    fn reveal_to(&self, x: &Share, to: Party) -> Result<Option<Revealed>> {
+        protocols::reveal::online(self, x, to)
+    }
+}

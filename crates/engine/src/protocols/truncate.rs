@@ -1,0 +1,179 @@
+//! Truncation by f bits: x / 2^f, the scale reduced by f.
+//!
+//! One round (none if x is open already), for |x| < 2^62. Let z = x + 2^62 and c = z + r mod 2^64 open; the dealer
+//! deals shares of r >> f and, modulo 2^f, of m = msb(r). Since z < 2^63, the sum z + r overflows exactly if m is set
+//! and msb(c) is not, so
+//!
+//! x >> f = (c >> f) - (r >> f) + m (1 - msb(c)) 2^(64-f) - 2^(62-f) - borrow,  borrow = [c mod 2^f < r mod 2^f].
+//!
+//! - **One-round form**: the borrow is left out. The result is floor or floor + 1, the latter with probability
+//!   (x mod 2^f) / 2^f: unbiased. The rounding bit depends on the opened value.
+//! - **Faithful form**: the borrow is a comparison key of f bits, evaluated on the same opening: exactly floor. For
+//!   values that are revealed.
+//!
+//! Bytes each way: 8 an element, if not open yet. Dealer to the second party: 8 bytes and f bits an element; faithful:
+//! also a key of f bits to both. (Escudero et al. 2020, Damgard et al. 2019 for dealer-aided truncation.) Shares are
+//! never truncated locally: that fails by 2^(64-f) with probability |x| / 2^63.
+
+use veiltune_fss::dcf;
+use veiltune_ring::Ring;
+
+use super::product::take;
+use crate::fixed::{Fixed, FixedTensor};
+use crate::gates::{Gates, LIMIT_BITS, Meta};
+use crate::offline::{OffTensor, Offline, low_bits};
+use crate::online::{Online, Share};
+use crate::opening::BOTH;
+use crate::{Error, Owner, Result};
+
+const OFFSET: u64 = 1 << LIMIT_BITS;
+
+fn output(x: &Meta, bits: u32) -> Result<Meta> {
+    if bits == 0 || bits > x.scale || bits >= LIMIT_BITS {
+        return Err(Error::program(
+            "truncate",
+            format!("{bits} of {} fractional bits", x.scale),
+        ));
+    }
+    // A truncated value of one party is computed like a shared one: the result is shared.
+    let owner = if x.owner == Owner::Public {
+        Owner::Public
+    } else {
+        Owner::Shared
+    };
+    Ok(Meta {
+        dims: x.dims.clone(),
+        scale: x.scale - bits,
+        owner,
+    })
+}
+
+/// Arithmetic shift of a public tensor.
+fn public_shift(x: &Ring, bits: u32) -> Ring {
+    x.map(|v| ((v as i64) >> bits) as u64)
+}
+
+pub(crate) fn offline(o: &Offline, xs: &[(&OffTensor, u32)], faithful: bool) -> Result<Vec<OffTensor>> {
+    let secret = |x: &OffTensor| o.meta(x).owner != Owner::Public;
+    o.open_for(
+        &xs.iter()
+            .filter(|(x, _)| secret(x))
+            .map(|(x, _)| (*x, BOTH))
+            .collect::<Vec<_>>(),
+    );
+    xs.iter()
+        .map(|&(x, bits)| {
+            let meta = output(o.meta(x), bits)?;
+            if secret(x) {
+                let n = meta.len();
+                let gate = o.gate("truncate", &[bits as u8, u8::from(faithful)]);
+                let mask = if o.is_dealer() {
+                    o.mask(x)?
+                } else {
+                    Ring::zeros([0])
+                };
+                let r = mask.as_slice();
+                o.deal("truncate", (gate, 0), n, 64, || {
+                    Ok(r.iter().map(|r| r >> bits).collect())
+                })?;
+                o.deal("truncate", (gate, 1), n, bits, || {
+                    Ok(r.iter().map(|r| r >> 63).collect())
+                })?;
+                if faithful {
+                    o.keys(
+                        "truncate",
+                        (gate, 2),
+                        n,
+                        dcf::key_bytes(bits),
+                        |range, roots, keys| {
+                            let alphas: Vec<u64> = r[range].iter().map(|r| r & low_bits(bits)).collect();
+                            Ok(dcf::generate_into(
+                                bits,
+                                &alphas,
+                                &vec![1; alphas.len()],
+                                roots,
+                                keys,
+                            )?)
+                        },
+                    )?;
+                }
+                o.end_gate()?;
+            }
+            Ok(o.tensor(meta))
+        })
+        .collect()
+}
+
+pub(crate) fn online(p: &Online, xs: &[(&Share, u32)], faithful: bool) -> Result<Vec<Share>> {
+    let secret = |x: &Share| p.meta(x).owner != Owner::Public;
+    p.open_for(
+        &xs.iter()
+            .filter(|(x, _)| secret(x))
+            .map(|(x, _)| (*x, BOTH))
+            .collect::<Vec<_>>(),
+    )?;
+    xs.iter()
+        .map(|&(x, bits)| {
+            let meta = output(p.meta(x), bits)?;
+            if !secret(x) {
+                return Ok(p.tensor(meta, p.known(x).map(|x| public_shift(&x, bits))));
+            }
+            let (_, mut material) = p.gate()?;
+            let c = p.masked(x)?.add_scalar(OFFSET);
+            let shifted = take(&mut material.words)?;
+            let mut out = take(&mut material.words)?; // shares of m, overwritten by the result
+            let first = p.is_first();
+            for ((o, r), c) in out.iter_mut().zip(&shifted).zip(c.as_slice()) {
+                let carry = if c >> 63 == 0 { *o << (64 - bits) } else { 0 };
+                let public = if first {
+                    (c >> bits).wrapping_sub(OFFSET >> bits)
+                } else {
+                    0
+                };
+                *o = public.wrapping_sub(*r).wrapping_add(carry);
+            }
+            if faithful {
+                let (roots, keys) = take(&mut material.keys)?;
+                let low: Vec<u64> = c.as_slice().iter().map(|c| c & low_bits(bits)).collect();
+                let borrow = dcf::evaluate(p.party().index(), bits, &roots, &keys, 1, &low)?;
+                out.iter_mut()
+                    .zip(borrow)
+                    .for_each(|(o, b)| *o = o.wrapping_sub(b));
+            }
+            Ok(p.tensor(meta.clone(), Some(Ring::new(meta.dims, out)?)))
+        })
+        .collect()
+}
+
+pub(crate) fn fixed(f: &Fixed, xs: &[(&FixedTensor, u32)], faithful: bool) -> Result<Vec<FixedTensor>> {
+    let secret = |x: &FixedTensor| f.meta(x).owner != Owner::Public;
+    f.open_for(
+        &xs.iter()
+            .filter(|(x, _)| secret(x))
+            .map(|(x, _)| (*x, BOTH))
+            .collect::<Vec<_>>(),
+    )?;
+    xs.iter()
+        .map(|&(x, bits)| {
+            let meta = output(f.meta(x), bits)?;
+            let mut value = public_shift(f.ring(x), bits);
+            if secret(x) {
+                f.gate();
+                if !faithful {
+                    let mask = f.mask(x);
+                    let low = low_bits(bits);
+                    for ((v, x), r) in value
+                        .make_mut()
+                        .iter_mut()
+                        .zip(f.ring(x).as_slice())
+                        .zip(mask.as_slice())
+                    {
+                        let carry = (x & low) + (r & low) > low;
+                        *v = v.wrapping_add(u64::from(carry));
+                    }
+                }
+            }
+            Ok(f.tensor(meta, value))
+        })
+        .collect()
+}

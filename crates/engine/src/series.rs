@@ -1,0 +1,378 @@
+//! Short trigonometric series of smooth functions: the public half of the trigonometric gate.
+//!
+//! A function on a bounded range `[lo, hi]` is fitted by least squares with
+//! `f(x) = linear x + constant + sum_k cos_k cos(2 pi k x / P) + sin_k sin(2 pi k x / P)`, P = 2^p larger than the
+//! range (a "Fourier extension": beyond the range the series does what it likes). The gate evaluates it from an
+//! opened `d = x + t mod P` and dealt shares of `cos(k theta_t), sin(k theta_t)`.
+//!
+//! Both parties must derive *bit-identical* public coefficients from `d`: a difference in the last bit would be
+//! multiplied by a share, which is a uniform ring element. So [`harmonics`] computes the same bits on every machine, and
+//! the fitted coefficients are part of the program hash that the roles compare before they start.
+
+use std::collections::HashMap;
+use std::f64::consts::TAU;
+use std::sync::{Arc, LazyLock, Mutex};
+
+use veiltune_ring::harmonics;
+
+use crate::{Activation, Error, Result};
+
+/// Most harmonics that a fit may use.
+const MAX_HARMONICS: usize = 40;
+
+/// A fitted series, with the fixed-point scales at which it is evaluated.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Series {
+    /// Period: 2^period_bits.
+    pub period: f64,
+    /// log2 of the period.
+    pub period_bits: i32,
+    /// Coefficient of x.
+    pub linear: f64,
+    /// Constant term.
+    pub constant: f64,
+    /// Cosine coefficients of harmonics 1, 2, ...
+    pub cos: Vec<f64>,
+    /// Sine coefficients of harmonics 1, 2, ...
+    pub sin: Vec<f64>,
+    /// Range on which it was fitted.
+    pub range: (f64, f64),
+    /// Largest error of the fit on the range, before fixed-point rounding.
+    pub fit_error: f64,
+    /// Fractional bits of the public coefficients.
+    pub coefficient_scale: u32,
+    /// Fractional bits of the dealt sines and cosines.
+    pub dealt_scale: u32,
+}
+
+/// What to fit.
+struct Target<'a> {
+    f: &'a dyn Fn(f64) -> f64,
+    linear: f64,
+    range: (f64, f64),
+    /// Errors are divided by this before they are compared with `tolerance`.
+    weight: &'a dyn Fn(f64) -> f64,
+    tolerance: f64,
+    scales: (u32, u32),
+}
+
+impl Series {
+    /// The series of an activation on |x| <= bound, fitted to 3e-5 at the worst point where 40 harmonics allow it
+    /// (see [`Series::fit_error`]). Cached for the process.
+    pub fn for_activation(f: Activation, bound: f64) -> Result<Arc<Series>> {
+        if !(bound.is_finite() && (0.25..=64.0).contains(&bound)) {
+            return Err(Error::program(
+                "activation",
+                format!("the range {bound} is outside 0.25 ..= 64"),
+            ));
+        }
+        cached((f, bound.to_bits(), 0), || {
+            fit(&Target {
+                f: &|x| f.exact(x),
+                linear: if matches!(f, Activation::Gelu | Activation::Silu) {
+                    0.5
+                } else {
+                    0.0
+                },
+                range: (-bound, bound),
+                weight: &|_| 1.0,
+                tolerance: 3e-5,
+                scales: (15, 16),
+            })
+        })
+    }
+
+    /// exp on `[-depth, head]`, fitted so that the error falls with the value: at most 1e-4 exp(x) + 1e-6, because
+    /// a softmax sums many small terms.
+    pub fn exp_tail(depth: f64, head: f64) -> Result<Arc<Series>> {
+        if !(depth > 0.0 && head > 0.0 && depth + head < 60.0) {
+            return Err(Error::program(
+                "softmax",
+                format!("no exponential series on -{depth} ..= {head}"),
+            ));
+        }
+        cached((Activation::Exp, depth.to_bits(), head.to_bits()), || {
+            fit(&Target {
+                f: &f64::exp,
+                linear: 0.0,
+                range: (-depth, head),
+                weight: &|x| 1.0 / (x.exp() + 1e-2),
+                tolerance: 1e-4,
+                scales: (20, 20),
+            })
+        })
+    }
+
+    /// Number of harmonics.
+    pub fn harmonics(&self) -> usize {
+        self.cos.len()
+    }
+
+    /// Fractional bits of the result for an input of `input` fractional bits. The linear term is exact only if the
+    /// result is one bit finer than the input; otherwise the scales are those of the fit.
+    pub fn scale(&self, input: u32) -> u32 {
+        self.coefficient_scale(input) + self.dealt_scale
+    }
+
+    fn coefficient_scale(&self, input: u32) -> u32 {
+        if self.linear == 0.0 {
+            self.coefficient_scale
+        } else {
+            self.coefficient_scale
+                .max((input + 1).saturating_sub(self.dealt_scale))
+        }
+    }
+
+    /// Bits of the modulus for an input of fractional bits `scale`: the period in fixed point is 2^bits.
+    pub fn modulus_bits(&self, scale: u32) -> Result<u32> {
+        let bits = scale as i32 + self.period_bits;
+        if !(8..=53).contains(&bits) {
+            return Err(Error::program(
+                "activation",
+                format!(
+                    "an input of {scale} fractional bits and a period of 2^{} need {bits} bits; 8 to 53 are possible",
+                    self.period_bits
+                ),
+            ));
+        }
+        Ok(bits as u32)
+    }
+
+    /// The series in floating point.
+    pub fn eval(&self, x: f64) -> f64 {
+        let w = TAU / self.period;
+        let mut y = self.linear * x + self.constant;
+        for (k, (c, s)) in self.cos.iter().zip(&self.sin).enumerate() {
+            let angle = (k + 1) as f64 * w * x;
+            y += c * angle.cos() + s * angle.sin();
+        }
+        y
+    }
+
+    /// Everything that must be equal at all roles, for the program hash.
+    pub fn fingerprint(&self) -> Vec<u8> {
+        let mut out = Vec::new();
+        for v in [self.period, self.linear, self.constant]
+            .iter()
+            .chain(&self.cos)
+            .chain(&self.sin)
+        {
+            out.extend(v.to_bits().to_le_bytes());
+        }
+        out.extend([self.coefficient_scale as u8, self.dealt_scale as u8]);
+        out
+    }
+
+    /// Ring elements dealt for `n` inputs.
+    pub fn dealt_len(&self, n: usize) -> usize {
+        2 * self.harmonics() * n
+    }
+
+    /// cos(k theta_t) and sin(k theta_t) in fixed point for masks `t` modulo 2^bits.
+    pub fn deal(&self, t: &[u64], bits: u32) -> Vec<u64> {
+        harmonics::dealt(t, bits, self.harmonics(), self.dealt_scale)
+    }
+
+    /// The trigonometric part for opened `d` modulo 2^bits, at [`Series::scale`]. Linear in `dealt`: on shares it gives
+    /// shares.
+    pub fn accumulate(&self, d: &[u64], bits: u32, input_scale: u32, dealt: &[u64]) -> Vec<u64> {
+        harmonics::combine(
+            d,
+            bits,
+            (&self.cos, &self.sin),
+            self.coefficient_scale(input_scale),
+            dealt,
+        )
+    }
+}
+
+impl Activation {
+    /// The function itself, in double precision.
+    pub fn exact(self, x: f64) -> f64 {
+        match self {
+            Activation::Gelu => {
+                0.5 * x * (1.0 + candle_core::cpu::erf::erf_f64(x / std::f64::consts::SQRT_2))
+            }
+            Activation::Silu => x / (1.0 + (-x).exp()),
+            Activation::Tanh => x.tanh(),
+            Activation::Sigmoid => 1.0 / (1.0 + (-x).exp()),
+            Activation::Exp => x.exp(),
+            Activation::Sin => x.sin(),
+            Activation::Cos => x.cos(),
+        }
+    }
+}
+
+type Key = (Activation, u64, u64);
+
+fn cached(key: Key, make: impl FnOnce() -> Result<Series>) -> Result<Arc<Series>> {
+    static CACHE: LazyLock<Mutex<HashMap<Key, Arc<Series>>>> = LazyLock::new(Default::default);
+    let mut cache = CACHE.lock().unwrap_or_else(|e| e.into_inner());
+    if let Some(found) = cache.get(&key) {
+        return Ok(found.clone());
+    }
+    let made = Arc::new(make()?);
+    cache.insert(key, made.clone());
+    Ok(made)
+}
+
+/// The shortest series that meets the tolerance: the smallest period first, since the dealer pays by the harmonic.
+fn fit(target: &Target) -> Result<Series> {
+    let (lo, hi) = target.range;
+    let period_bits = ((hi - lo) * 1.2).log2().ceil() as i32;
+    let mut best: Option<(Series, f64)> = None;
+    for harmonics in (4..=MAX_HARMONICS).step_by(2) {
+        let (series, error) = fit_with(target, period_bits, harmonics);
+        let done = error <= target.tolerance;
+        if best.as_ref().is_none_or(|(_, e)| error < *e) {
+            best = Some((series, error));
+        }
+        if done {
+            break;
+        }
+    }
+    Ok(best.expect("at least one fit").0)
+}
+
+fn fit_with(target: &Target, period_bits: i32, harmonics: usize) -> (Series, f64) {
+    let (lo, hi) = target.range;
+    let period = 2f64.powi(period_bits);
+    let w = TAU / period;
+    let columns = 2 * harmonics + 1;
+    let row = |x: f64| {
+        let mut row = vec![1.0];
+        for k in 1..=harmonics {
+            let a = k as f64 * w * x;
+            row.extend([a.cos(), a.sin()]);
+        }
+        row
+    };
+    // Chebyshev nodes; a small ridge keeps the coefficients, and with them the rounding error, small.
+    let nodes = 16 * columns;
+    let ridge = (1e-13 * nodes as f64).sqrt();
+    let mut matrix = Vec::with_capacity((nodes + columns) * (columns + 1));
+    for i in 0..nodes {
+        let node = ((i as f64 + 0.5) * std::f64::consts::PI / nodes as f64).cos();
+        let x = 0.5 * (lo + hi) + 0.5 * (hi - lo) * node;
+        let weight = (target.weight)(x);
+        matrix.extend(row(x).into_iter().map(|v| v * weight));
+        matrix.push(((target.f)(x) - target.linear * x) * weight);
+    }
+    for i in 0..columns {
+        matrix.extend((0..=columns).map(|j| if i == j { ridge } else { 0.0 }));
+    }
+    let c = least_squares(&mut matrix, nodes + columns, columns);
+    let mut series = Series {
+        period,
+        period_bits,
+        linear: target.linear,
+        constant: c[0],
+        cos: c[1..].iter().step_by(2).copied().collect(),
+        sin: c[2..].iter().step_by(2).copied().collect(),
+        range: target.range,
+        fit_error: 0.0,
+        coefficient_scale: target.scales.0,
+        dealt_scale: target.scales.1,
+    };
+    let mut weighted: f64 = 0.0;
+    for i in 0..=4000 {
+        let x = lo + (hi - lo) * i as f64 / 4000.0;
+        let error = (series.eval(x) - (target.f)(x)).abs();
+        series.fit_error = series.fit_error.max(error);
+        weighted = weighted.max(error * (target.weight)(x));
+    }
+    (series, weighted)
+}
+
+/// Least squares by Householder reflections; `matrix` is row-major with the right side as its last column.
+fn least_squares(matrix: &mut [f64], rows: usize, columns: usize) -> Vec<f64> {
+    let width = columns + 1;
+    for j in 0..columns {
+        let norm = (j..rows)
+            .map(|i| matrix[i * width + j].powi(2))
+            .sum::<f64>()
+            .sqrt();
+        let pivot = matrix[j * width + j];
+        let alpha = if pivot > 0.0 { -norm } else { norm };
+        let mut v: Vec<f64> = (j..rows).map(|i| matrix[i * width + j]).collect();
+        v[0] -= alpha;
+        let length: f64 = v.iter().map(|a| a * a).sum();
+        if length == 0.0 {
+            continue;
+        }
+        let mut dots = vec![0.0; width - j];
+        for (i, v) in v.iter().enumerate() {
+            let row = &matrix[(i + j) * width + j..(i + j + 1) * width];
+            for (d, m) in dots.iter_mut().zip(row) {
+                *d += v * m;
+            }
+        }
+        for (i, v) in v.iter().enumerate() {
+            let row = &mut matrix[(i + j) * width + j..(i + j + 1) * width];
+            for (d, m) in dots.iter().zip(row) {
+                *m -= 2.0 * v / length * d;
+            }
+        }
+    }
+    let mut x = vec![0.0; columns];
+    for j in (0..columns).rev() {
+        let known: f64 = (j + 1..columns).map(|k| matrix[j * width + k] * x[k]).sum();
+        x[j] = (matrix[j * width + columns] - known) / matrix[j * width + j];
+    }
+    x
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fits_meet_their_tolerance() {
+        for (f, bound) in [
+            (Activation::Gelu, 6.4),
+            (Activation::Silu, 12.8),
+            (Activation::Tanh, 6.4),
+            (Activation::Sigmoid, 12.8),
+            (Activation::Sin, 6.4),
+            (Activation::Cos, 6.4),
+        ] {
+            let s = Series::for_activation(f, bound).unwrap();
+            assert!(
+                s.fit_error <= 3e-5,
+                "{f:?} {} harmonics {}",
+                s.fit_error,
+                s.harmonics()
+            );
+        }
+        let s = Series::exp_tail(34.0, 1.0).unwrap();
+        assert!(s.harmonics() <= 24, "{}", s.harmonics());
+        for i in 0..=3500 {
+            let x = -34.0 + i as f64 / 100.0;
+            assert!((s.eval(x) - x.exp()).abs() <= 1e-4 * x.exp() + 1e-6);
+        }
+    }
+
+    #[test]
+    fn shares_of_dealt_values_give_the_series() {
+        let s = Series::for_activation(Activation::Gelu, 6.4).unwrap();
+        let bits = s.modulus_bits(16).unwrap();
+        let n = 600; // more than two tiles
+        let x: Vec<u64> = (0..n)
+            .map(|i| ((i as f64 / 50.0 - 6.0) * 65536.0) as i64 as u64)
+            .collect();
+        let t: Vec<u64> = (0..n as u64)
+            .map(|i| i.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> (64 - bits))
+            .collect();
+        let d: Vec<u64> = x
+            .iter()
+            .zip(&t)
+            .map(|(x, t)| x.wrapping_add(*t) & ((1 << bits) - 1))
+            .collect();
+        let sum = s.accumulate(&d, bits, 16, &s.deal(&t, bits));
+        for (x, y) in x.iter().zip(sum) {
+            let x = *x as i64 as f64 / 65536.0;
+            let y = y as i64 as f64 / (1u64 << s.scale(16)) as f64 + s.constant + s.linear * x;
+            assert!((y - Activation::Gelu.exact(x)).abs() < 5e-4, "{x} {y}");
+        }
+    }
+}

@@ -1,0 +1,200 @@
+//! One suite for every interpreter: each operation, with every combination of owners, on random shapes and at the
+//! extremes.
+//!
+//! - Plain against Fixed: within the bound stated with the case.
+//! - Fixed against the parties: bit for bit. Fixed draws the masks of the same seeds, so even the rounding bit of a
+//!   one-round truncation must agree.
+//! - Cost against the meters: rounds, bytes each way, dealer bytes, exactly.
+
+mod harness;
+
+use harness::{Case, Op, Who, check, uniform};
+use proptest::prelude::*;
+use veiltune_engine::{Activation, NormKind, NormSpec, Range, SoftmaxSpec};
+
+const OWNERS: [Who; 4] = [Who::Public, Who::P0, Who::P1, Who::Shared];
+/// A unit of the fixed-point input, 2^-16.
+const ULP: f64 = 1.0 / 65536.0;
+
+fn who() -> impl Strategy<Value = Who> {
+    prop::sample::select(OWNERS.to_vec())
+}
+
+fn config() -> ProptestConfig {
+    ProptestConfig {
+        cases: 24,
+        ..ProptestConfig::default()
+    }
+}
+
+proptest! {
+    #![proptest_config(config())]
+
+    #[test]
+    fn matmul(m in 0usize..5, k in 1usize..9, n in 0usize..6, batch in 0usize..3, a in who(), b in who(), seed: u64) {
+        let x = Case::input(a, &[batch, m, k], uniform(seed, 8.0));
+        let y = Case::input(b, &[batch, k, n], uniform(seed + 1, 8.0));
+        check(Op::MatMul, &[x, y], 8.0 * 2.0 * ULP * k as f64)?;
+    }
+
+    #[test]
+    fn linear(m in 0usize..5, k in 1usize..9, n in 1usize..6, a in who(), w in who(), seed: u64) {
+        let x = Case::input(a, &[2, m, k], uniform(seed, 8.0));
+        let w = Case::weight(w, &[n, k], uniform(seed + 1, 2.0));
+        let b = Case::weight(w.who, &[n], uniform(seed + 2, 2.0));
+        check(Op::Linear, &[x, w, b], 10.0 * ULP * (k + 1) as f64)?;
+    }
+
+    #[test]
+    fn elementwise(dims in prop::collection::vec(1usize..5, 1..4), a in who(), b in who(), seed: u64) {
+        let x = Case::input(a, &dims, uniform(seed, 30.0));
+        let y = Case::input(b, &dims[dims.len() - 1..], uniform(seed + 1, 30.0));
+        for op in [Op::Mul, Op::Add, Op::Sub] {
+            check(op, &[x.clone(), y.clone()], 62.0 * ULP)?;
+        }
+        check(Op::Square, std::slice::from_ref(&x), 62.0 * ULP)?;
+        for c in [0.125, -2.0, 0.3, -1e-3, 0.0, 77.7] {
+            check(Op::Scale(c), std::slice::from_ref(&x), ULP * (c.abs() + 1.0) + 30.0 * c.abs() / 32768.0)?;
+        }
+    }
+
+    #[test]
+    fn truncation(n in 0usize..40, a in who(), seed: u64, size in prop::sample::select(vec![1e-4, 1.0, 1000.0, 2000.0])) {
+        let x = Case::input(a, &[n], uniform(seed, size));
+        let y = Case::input(a, &[n], uniform(seed + 1, 1.0));
+        // A product of scale 32, squared: the operands are truncated first.
+        check(Op::MulTwice, &[x, y], (4.0 * size + 4.0) * ULP)?;
+    }
+
+    #[test]
+    fn relu_and_argmax(rows in 0usize..4, n in 1usize..12, a in who(), seed: u64) {
+        let x = Case::input(a, &[rows, n], uniform(seed, 4000.0));
+        check(Op::Relu, &[x], ULP)?;
+        let x = Case::input(a, &[rows, n], uniform(seed, 2000.0));
+        check(Op::Argmax, &[x], 0.0)?;
+    }
+
+    #[test]
+    fn relu_of_many_and_of_products(n in 0usize..300, a in who(), b in who(), seed: u64) {
+        let x = Case::input(a, &[n], uniform(seed, 60.0));
+        let y = Case::input(b, &[n], uniform(seed + 1, 60.0));
+        check(Op::Relu, std::slice::from_ref(&x), ULP)?;
+        // Plain rounds to 24 bits.
+        check(Op::ReluOfProduct, &[x, y], 5e-4)?;
+    }
+
+    #[test]
+    fn activations(n in 0usize..600, a in who(), seed: u64) {
+        use Activation::*;
+        for (f, bound) in [(Gelu, 6.4), (Silu, 12.0), (Tanh, 6.0), (Sigmoid, 12.0), (Sin, 6.4), (Cos, 6.4), (Exp, 2.0)] {
+            let x = Case::input(a, &[n], uniform(seed, bound));
+            check(Op::Activation(f, Range::Within(bound)), &[x], 4e-4)?;
+        }
+        for f in [Gelu, Silu] {
+            // 0.5 * (x of scale 32): a product feeds the gate without truncation.
+            let x = Case::input(a, &[n], uniform(seed, 6.0));
+            check(Op::ActivationOfProduct(f, Range::Within(6.4)), &[x.clone(), x], 2.5e-3)?;
+        }
+    }
+
+    #[test]
+    fn guarded_activations(n in 1usize..60, a in who(), seed: u64) {
+        use Activation::*;
+        for (f, bound) in [(Gelu, 6.4), (Silu, 12.8), (Tanh, 8.0), (Sigmoid, 12.8)] {
+            let x = Case::input(a, &[n], uniform(seed, 500.0));
+            check(Op::Activation(f, Range::Guarded(bound)), &[x], 5e-4)?;
+        }
+    }
+
+    #[test]
+    fn softmax(rows in 0usize..4, n in 1usize..300, a in who(), seed: u64, bound in prop::sample::select(vec![0.5, 4.0, 15.0, 24.0])) {
+        let x = Case::input(a, &[rows, n], uniform(seed, bound));
+        check(Op::Softmax(SoftmaxSpec { bound }), &[x], 1e-3)?;
+    }
+
+    #[test]
+    fn normalize(rows in 0usize..4, n in 2usize..200, a in who(), seed: u64, size in prop::sample::select(vec![0.2, 1.0, 20.0, 60.0]), layer: bool) {
+        let kind = if layer { NormKind::Layer } else { NormKind::Rms };
+        // With two or three entries the deviation itself varies widely.
+        let n = n + 12;
+        let x = Case::input(a, &[rows, n], uniform(seed, size));
+        let spec = NormSpec { kind, eps: 1e-6, sigma: (size / 16.0, size) };
+        check(Op::Normalize(spec), &[x], 2e-3)?;
+    }
+
+    #[test]
+    fn shapes(a in who(), b in who(), seed: u64) {
+        let x = Case::input(a, &[2, 3, 4], uniform(seed, 2.0));
+        let y = Case::input(b, &[2, 3, 4], uniform(seed + 1, 2.0));
+        // Views of opened and of unopened tensors.
+        check(Op::Views, &[x, y], 600.0 * ULP)?;
+    }
+}
+
+#[test]
+fn extremes() -> Result<(), TestCaseError> {
+    for who in OWNERS {
+        let input = |values: &[f32]| Case::input(who, &[values.len()], values.to_vec());
+        let top = 4095.99;
+        check(
+            Op::Relu,
+            &[input(&[0.0, -0.0, top, -top, 1.0 / 65536.0, -1.0 / 65536.0])],
+            ULP,
+        )?;
+        check(
+            Op::Square,
+            &[input(&[0.0, 46000.0, -46000.0])],
+            46000.0 * 2.0 * ULP,
+        )?;
+        check(
+            Op::Argmax,
+            &[Case::input(
+                who,
+                &[3, 4],
+                vec![1., 1., 1., 1., 0., 2., 2., 0., -5., -6., -7., -4.],
+            )],
+            0.0,
+        )?;
+        let gelu = Op::Activation(Activation::Gelu, Range::Within(6.4));
+        check(gelu, &[input(&[0.0, 6.4, -6.4, 6.399])], 4e-4)?;
+        let spec = SoftmaxSpec { bound: 24.0 };
+        let rows = [
+            24.0, -24.0, -24.0, 24.0, 24.0, 24.0, -24.0, -24.0, -24.0, 0.0, 0.01, -24.0,
+        ];
+        check(
+            Op::Softmax(spec),
+            &[Case::input(who, &[4, 3], rows.to_vec())],
+            1e-3,
+        )?;
+        let norm = NormSpec {
+            kind: NormKind::Layer,
+            eps: 1e-6,
+            sigma: (0.25, 4.0),
+        };
+        let row: Vec<f32> = (0..64).map(|i| if i % 2 == 0 { 101.0 } else { 99.0 }).collect();
+        check(Op::Normalize(norm), &[Case::input(who, &[1, 64], row)], 2e-3)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn beyond_the_range_plain_errs_as_the_private_one_does() -> Result<(), TestCaseError> {
+    let x = Case::input(Who::Shared, &[64], uniform(5, 14.0));
+    check(Op::Activation(Activation::Gelu, Range::Within(6.4)), &[x], 5e-4)
+}
+
+#[test]
+fn bounds_are_asserted() {
+    let refused = |op, x: Case| harness::fixed(op, &[x]).expect_err("must be refused").to_string();
+    let big = |v: f32| Case::input(Who::P0, &[2], vec![v, 1.0]);
+    assert!(refused(Op::Relu, big(4096.5)).contains("2^"));
+    assert!(refused(Op::Softmax(SoftmaxSpec { bound: 2.0 }), big(40.0)).contains("wider"));
+    let spec = NormSpec {
+        kind: NormKind::Layer,
+        eps: 1e-6,
+        sigma: (0.1, 1.0),
+    };
+    assert!(refused(Op::Normalize(spec), big(4000.0)).contains("2^"));
+    let x = Case::input(Who::P0, &[1], vec![3e6]);
+    assert!(refused(Op::Cube, x).contains("range"));
+}
