@@ -1,0 +1,234 @@
+//! Gradient descent: SGD with momentum, AdamW, a cosine schedule, and gradients over several threads.
+
+use candle_core::{Device, Tensor, Var};
+
+use crate::{Error, Result, Variables};
+
+/// Which update.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Method {
+    /// Stochastic gradient descent; weight decay is part of the gradient.
+    Sgd {
+        /// Share of the last step that is kept.
+        momentum: f32,
+    },
+    /// Adam with decoupled weight decay (Loshchilov and Hutter, 2019).
+    AdamW {
+        /// Decay rates of the first and second moments.
+        betas: (f32, f32),
+    },
+}
+
+/// An optimiser and its state. Weight decay applies to matrices alone, not to biases, gains and embeddings.
+pub struct Optimizer {
+    method: Method,
+    decay: f32,
+    clip: f32,
+    state: Vec<[Vec<f32>; 2]>,
+    steps: i32,
+}
+
+impl Optimizer {
+    /// `clip` bounds the norm of the whole gradient.
+    pub fn new(method: Method, decay: f32, clip: f32, vars: &Variables) -> Self {
+        let zeros = |v: &&Var| [vec![0.0; v.elem_count()], vec![0.0; v.elem_count()]];
+        Optimizer {
+            method,
+            decay,
+            clip,
+            state: vars.vars().iter().map(zeros).collect(),
+            steps: 0,
+        }
+    }
+
+    /// Applies gradients, given in the order of [`Variables::vars`], at the learning rate `rate`.
+    pub fn step(&mut self, vars: &Variables, grads: &[Vec<f32>], rate: f32) -> Result<()> {
+        self.steps += 1;
+        let norm = grads.iter().flatten().map(|g| g * g).sum::<f32>().sqrt();
+        let shrink = if norm > self.clip { self.clip / norm } else { 1.0 };
+        for ((var, grad), [m, v]) in vars.vars().into_iter().zip(grads).zip(&mut self.state) {
+            let decay = if var.rank() == 2 { self.decay } else { 0.0 };
+            let mut w: Vec<f32> = var.as_tensor().flatten_all()?.to_vec1()?;
+            for (((w, g), m), v) in w.iter_mut().zip(grad).zip(m).zip(v) {
+                let g = g * shrink;
+                match self.method {
+                    Method::Sgd { momentum } => {
+                        *m = momentum * *m + g + decay * *w;
+                        *w -= rate * *m;
+                    }
+                    Method::AdamW { betas: (b1, b2) } => {
+                        *m = b1 * *m + (1.0 - b1) * g;
+                        *v = b2 * *v + (1.0 - b2) * g * g;
+                        let (m, v) = (*m / (1.0 - b1.powi(self.steps)), *v / (1.0 - b2.powi(self.steps)));
+                        *w -= rate * (m / (v.sqrt() + 1e-8) + decay * *w);
+                    }
+                }
+            }
+            var.set(&Tensor::from_vec(w, var.dims(), &Device::Cpu)?)?;
+        }
+        Ok(())
+    }
+}
+
+/// The learning rate at `step` of `steps`: linear warm-up over the first `warm` steps, then half a cosine down to zero.
+pub fn cosine(peak: f32, step: usize, steps: usize, warm: usize) -> f32 {
+    if step < warm {
+        return peak * (step + 1) as f32 / warm as f32;
+    }
+    let done = (step - warm) as f32 / (steps - warm).max(1) as f32;
+    peak * 0.5 * (1.0 + (std::f32::consts::PI * done.min(1.0)).cos())
+}
+
+/// Mean loss and gradient of `loss` over `shards`, a thread each. Shards weigh the same.
+pub fn gradients<S: Send>(
+    vars: &Variables,
+    shards: Vec<S>,
+    loss: impl Fn(S) -> Result<Tensor> + Sync,
+) -> Result<(f32, Vec<Vec<f32>>)> {
+    let count = shards.len() as f32;
+    let work = |shard| -> Result<(f32, Vec<Vec<f32>>)> {
+        let loss = loss(shard)?;
+        let store = loss.backward()?;
+        let grad = |var: &Var| match store.get(var.as_tensor()) {
+            Some(g) => g.flatten_all()?.to_vec1(),
+            None => Ok(vec![0.0; var.elem_count()]),
+        };
+        Ok((
+            loss.to_scalar()?,
+            vars.vars()
+                .into_iter()
+                .map(grad)
+                .collect::<candle_core::Result<_>>()?,
+        ))
+    };
+    let results: Vec<_> = std::thread::scope(|scope| {
+        let workers: Vec<_> = shards
+            .into_iter()
+            .map(|shard| scope.spawn(|| work(shard)))
+            .collect();
+        workers
+            .into_iter()
+            .map(|w| w.join().unwrap_or_else(|p| std::panic::resume_unwind(p)))
+            .collect()
+    });
+    let (mut total, mut sum) = (0.0, Vec::<Vec<f32>>::new());
+    for result in results {
+        let (loss, grads) = result?;
+        total += loss;
+        if sum.is_empty() {
+            sum = grads;
+        } else {
+            sum.iter_mut()
+                .zip(grads)
+                .for_each(|(s, g)| s.iter_mut().zip(g).for_each(|(s, g)| *s += g));
+        }
+    }
+    if !total.is_finite() {
+        return Err(Error::Diverged(total));
+    }
+    sum.iter_mut().flatten().for_each(|g| *g /= count);
+    Ok((total / count, sum))
+}
+
+/// Pictures a thread and step, and steps an epoch.
+pub fn steps(pictures: usize, batch: usize, threads: usize) -> Result<(usize, usize)> {
+    if threads == 0 || batch < threads {
+        return Err(Error::Settings(format!(
+            "a batch of {batch} cannot be shared by {threads} threads"
+        )));
+    }
+    let shard = batch / threads;
+    match pictures / (shard * threads) {
+        0 => Err(Error::Settings(format!(
+            "{pictures} pictures are fewer than a batch of {batch}"
+        ))),
+        per_epoch => Ok((shard, per_epoch)),
+    }
+}
+
+/// Mean cross-entropy of `logits [batch, classes]` with the classes `labels [batch]`.
+pub fn cross_entropy(logits: &Tensor, labels: &Tensor) -> candle_core::Result<Tensor> {
+    let own = logits.gather(&labels.unsqueeze(1)?, 1)?.squeeze(1)?;
+    (logits.log_sum_exp(1)? - own)?.mean_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn one(value: f32) -> Variables {
+        Variables::new(&[("x".into(), vec![1, 1])], |_, _| vec![value]).unwrap()
+    }
+
+    fn value(vars: &Variables) -> f32 {
+        vars.vars()[0].flatten_all().unwrap().to_vec1::<f32>().unwrap()[0]
+    }
+
+    #[test]
+    fn both_methods_find_a_minimum() {
+        for method in [
+            Method::Sgd { momentum: 0.9 },
+            Method::AdamW { betas: (0.9, 0.99) },
+        ] {
+            let vars = one(3.0);
+            let mut optimizer = Optimizer::new(method, 0.0, 10.0, &vars);
+            for step in 0..400 {
+                let shards = vec![1.0, 2.0];
+                let (_, grads) = gradients(&vars, shards, |target| {
+                    Ok(vars.vars()[0].affine(1.0, -target)?.sqr()?.sum_all()?)
+                })
+                .unwrap();
+                optimizer
+                    .step(&vars, &grads, cosine(0.05, step, 400, 10))
+                    .unwrap();
+            }
+            assert!((value(&vars) - 1.5).abs() < 1e-2, "{method:?}: {}", value(&vars));
+        }
+    }
+
+    #[test]
+    fn decay_and_clipping_do_what_they_say() {
+        let vars = one(1.0);
+        let mut sgd = Optimizer::new(Method::Sgd { momentum: 0.0 }, 0.1, 1.0, &vars);
+        sgd.step(&vars, &[vec![0.0]], 0.5).unwrap();
+        assert!((value(&vars) - 0.95).abs() < 1e-6);
+        let vars = one(0.0);
+        sgd.step(&vars, &[vec![100.0]], 0.5).unwrap();
+        assert!((value(&vars) + 0.5).abs() < 1e-6);
+    }
+
+    #[test]
+    fn the_schedule_rises_and_falls() {
+        assert!(cosine(1.0, 0, 100, 10) < cosine(1.0, 9, 100, 10));
+        assert_eq!(cosine(1.0, 10, 100, 10), 1.0);
+        assert!(cosine(1.0, 99, 100, 10) < 1e-2);
+    }
+
+    #[test]
+    fn cross_entropy_is_the_negative_log_likelihood() {
+        let logits = Tensor::new(&[[0f32, 1.0, 2.0], [3.0, 0.0, 0.0]], &Device::Cpu).unwrap();
+        let labels = Tensor::new(&[2u32, 0], &Device::Cpu).unwrap();
+        let loss = cross_entropy(&logits, &labels)
+            .unwrap()
+            .to_scalar::<f32>()
+            .unwrap();
+        let nll = |row: &[f32], own: usize| row.iter().map(|v| v.exp()).sum::<f32>().ln() - row[own];
+        let want = (nll(&[0.0, 1.0, 2.0], 2) + nll(&[3.0, 0.0, 0.0], 0)) / 2.0;
+        assert!((loss - want).abs() < 1e-6);
+    }
+
+    #[test]
+    fn batches_that_cannot_be_are_refused() {
+        assert_eq!(steps(1000, 129, 2).unwrap(), (64, 7));
+        for (pictures, batch, threads) in [(10, 4, 0), (10, 1, 2), (10, 0, 1), (10, 16, 2)] {
+            assert!(matches!(steps(pictures, batch, threads), Err(Error::Settings(_))));
+        }
+    }
+
+    #[test]
+    fn divergence_is_an_error() {
+        let vars = one(f32::INFINITY);
+        let diverged = gradients(&vars, vec![()], |()| Ok(vars.vars()[0].sqr()?.sum_all()?));
+        assert!(matches!(diverged, Err(Error::Diverged(_))));
+    }
+}

@@ -1,0 +1,123 @@
+//! Whole files: bounded reading, atomic writing.
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::path::Path;
+
+use serde::{Serialize, de::DeserializeOwned};
+
+use crate::{Error, Result};
+
+/// Largest JSON document read, bytes.
+const MAX_JSON: u64 = 1 << 22;
+
+/// Reads a regular file of at most `limit` bytes.
+pub fn read(path: &Path, limit: u64) -> Result<Vec<u8>> {
+    let file = File::open(path).map_err(Error::io(path))?;
+    let meta = file.metadata().map_err(Error::io(path))?;
+    if !meta.is_file() {
+        return Err(Error::corrupt(path.to_string_lossy(), "not a regular file"));
+    }
+    let too_large = || Error::corrupt(path.to_string_lossy(), format!("larger than {limit} bytes"));
+    if meta.len() > limit {
+        return Err(too_large());
+    }
+    let mut bytes = Vec::with_capacity(meta.len() as usize);
+    // The file may grow while it is read; the limit holds all the same.
+    file.take(limit + 1)
+        .read_to_end(&mut bytes)
+        .map_err(Error::io(path))?;
+    if bytes.len() as u64 > limit {
+        Err(too_large())
+    } else {
+        Ok(bytes)
+    }
+}
+
+/// Writes a file so that at any moment either the old or the complete new content is there.
+pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
+    let dir = path
+        .parent()
+        .filter(|p| !p.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
+    fs::create_dir_all(dir).map_err(Error::io(dir))?;
+    let mut file = tempfile::Builder::new()
+        .prefix(".partial-")
+        .tempfile_in(dir)
+        .map_err(Error::io(dir))?;
+    file.write_all(bytes)
+        .and_then(|()| file.as_file().sync_all())
+        .map_err(Error::io(path))?;
+    readable(file.as_file()).map_err(Error::io(path))?;
+    file.persist(path).map_err(|e| Error::io(path)(e.error))?;
+    Ok(())
+}
+
+/// Temporary files are private to their user; what is published is not.
+#[cfg(unix)]
+fn readable(file: &File) -> std::io::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    file.set_permissions(fs::Permissions::from_mode(0o644))
+}
+
+#[cfg(not(unix))]
+fn readable(_: &File) -> std::io::Result<()> {
+    Ok(())
+}
+
+/// Reads a JSON document.
+pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    parse_json(&path.to_string_lossy(), &read(path, MAX_JSON)?)
+}
+
+/// Parses a JSON document; `file` is for the error.
+pub fn parse_json<T: DeserializeOwned>(file: &str, bytes: &[u8]) -> Result<T> {
+    serde_json::from_slice(bytes).map_err(|e| Error::corrupt(file, e))
+}
+
+/// Writes a JSON document atomically, indented.
+pub fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<()> {
+    let mut text = serde_json::to_vec_pretty(value).map_err(|e| Error::corrupt(path.to_string_lossy(), e))?;
+    text.push(b'\n');
+    write_atomic(path, &text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_back_what_was_written_and_keeps_the_old_on_failure() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("deep/er/file.json");
+        write_json(&path, &[1, 2, 3]).unwrap();
+        write_json(&path, &[4]).unwrap();
+        assert_eq!(read_json::<Vec<u8>>(&path).unwrap(), [4]);
+        assert_eq!(
+            fs::read_dir(path.parent().unwrap()).unwrap().count(),
+            1,
+            "no temporary file stays"
+        );
+    }
+
+    #[test]
+    fn refuses_what_is_too_large_or_not_a_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        write_atomic(&path, &[0; 10]).unwrap();
+        assert_eq!(read(&path, 10).unwrap().len(), 10);
+        assert!(
+            read(&path, 9)
+                .unwrap_err()
+                .to_string()
+                .contains("larger than 9 bytes")
+        );
+        assert!(read(dir.path(), 9).is_err());
+        assert!(
+            read(&dir.path().join("absent"), 9)
+                .unwrap_err()
+                .to_string()
+                .contains("absent")
+        );
+    }
+}

@@ -1,0 +1,260 @@
+//! From files, or their embedded content, to a model.
+
+use std::borrow::Cow;
+use std::path::Path;
+
+use veiltune_engine::{Backend, Error as EngineError, Owner, Params};
+use veiltune_hub::{AdapterConfig, Checkpoint, Preprocess, Tensors, adapter, files};
+
+use crate::owc::{self, OwcConfig};
+use crate::{Result, VitConfig};
+
+/// Parameters from named arrays, as they are at their owner.
+pub fn params<'a, B: Backend>(b: &'a B, owner: Owner, tensors: &'a Tensors) -> Params<'a, B> {
+    Params::new(move |name, dims| {
+        let array = tensors
+            .get(name)
+            .ok_or_else(|| EngineError::File("no such tensor".into()))?;
+        if array.dims != dims {
+            return Err(EngineError::File(format!(
+                "shape is {:?}, not {dims:?}",
+                array.dims
+            )));
+        }
+        b.weight(owner, dims, Some(&array.values))
+    })
+}
+
+/// Parameters from a checkpoint, each read when it is asked for.
+pub fn checkpoint_params<'a, B: Backend>(b: &'a B, owner: Owner, file: &'a Checkpoint) -> Params<'a, B> {
+    Params::new(move |name, dims| {
+        let values = file
+            .tensor(name, dims)
+            .map_err(|e| EngineError::File(e.to_string()))?;
+        b.weight(owner, dims, Some(&values))
+    })
+}
+
+/// Parameters that somebody else owns: shapes alone.
+pub fn shapes<'a, B: Backend>(b: &'a B, owner: Owner) -> Params<'a, B> {
+    Params::new(move |_, dims| b.weight(owner, dims, None))
+}
+
+/// Names and shapes of everything that `model` asks for.
+pub fn inventory<B: Backend, M>(
+    b: &B,
+    model: impl Fn(&Params<B>) -> Result<M>,
+) -> Result<Vec<(String, Vec<usize>)>> {
+    let seen = std::cell::RefCell::new(Vec::new());
+    let params = Params::new(|name, dims: &[usize]| {
+        seen.borrow_mut().push((name.to_owned(), dims.to_vec()));
+        b.weight(Owner::Public, dims, Some(&vec![0.0; dims.iter().product()]))
+    });
+    model(&params)?;
+    drop(params);
+    Ok(seen.into_inner())
+}
+
+/// A public backbone: its architecture, how it wants its input, and its weights.
+#[derive(Debug)]
+pub struct Backbone {
+    /// Architecture.
+    pub config: VitConfig,
+    /// How pictures are prepared.
+    pub preprocess: Preprocess,
+    /// Weights.
+    pub weights: Checkpoint,
+}
+
+/// `config.json` of a backbone: the architecture's fields and, in our own, the preparation of pictures.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct BackboneConfig {
+    /// Architecture.
+    #[serde(flatten)]
+    pub vit: VitConfig,
+    /// Absent in checkpoints of others, whose default it then is: scaled to the input size, mean and deviation 0.5.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub preprocess: Option<Preprocess>,
+}
+
+impl Backbone {
+    /// Reads `config.json` and `model.safetensors`, or `backbone.safetensors`, in `dir`.
+    pub fn open(dir: &Path) -> Result<Self> {
+        let config = files::read_json(&dir.join("config.json"))?;
+        let ours = dir.join("backbone.safetensors");
+        let path = if ours.exists() {
+            ours
+        } else {
+            dir.join("model.safetensors")
+        };
+        Self::new(config, Checkpoint::open(&path)?)
+    }
+
+    /// From embedded content.
+    pub fn from_bytes(config: &[u8], weights: impl Into<Cow<'static, [u8]>>) -> Result<Self> {
+        let config = files::parse_json("config.json", config)?;
+        Self::new(config, Checkpoint::from_bytes("backbone.safetensors", weights)?)
+    }
+
+    fn new(BackboneConfig { vit, preprocess }: BackboneConfig, weights: Checkpoint) -> Result<Self> {
+        vit.check()?;
+        let channels = vit.num_channels;
+        let preprocess = preprocess.unwrap_or_else(|| Preprocess {
+            size: vit.image_size,
+            centre_crop: false,
+            image_mean: vec![0.5; channels],
+            image_std: vec![0.5; channels],
+        });
+        if preprocess.size != vit.image_size || preprocess.image_mean.len() != channels {
+            return Err(crate::Error::Config(
+                "pictures are prepared for another input than the backbone's".into(),
+            ));
+        }
+        Ok(Backbone {
+            config: vit,
+            preprocess,
+            weights,
+        })
+    }
+
+    /// The encoder on some interpreter; its weights are public.
+    pub fn load<B: Backend>(&self, b: &B) -> Result<crate::Vit<B>> {
+        let params = checkpoint_params(b, Owner::Public, &self.weights);
+        let classified = self.weights.contains("vit.embeddings.cls_token");
+        crate::Vit::load(&if classified { params.pp("vit") } else { params }, &self.config)
+    }
+}
+
+/// A private classifier, in the folded form in which it is served.
+#[derive(Debug)]
+pub struct Classifier {
+    /// Architecture and calibration.
+    pub config: OwcConfig,
+    /// Weights; secret.
+    pub weights: Tensors,
+}
+
+impl Classifier {
+    /// Reads an artefact in the PEFT layout and folds it.
+    pub fn open(dir: &Path) -> Result<Self> {
+        let (config, weights) = adapter::read::<OwcConfig>(dir, owc::PEFT_TYPE)?;
+        Self::new(config, &weights)
+    }
+
+    /// From embedded content.
+    pub fn from_bytes(config: &[u8], weights: impl Into<Cow<'static, [u8]>>) -> Result<Self> {
+        let config = AdapterConfig::parse(adapter::CONFIG_FILE, config, owc::PEFT_TYPE)?;
+        Self::new(config, &Checkpoint::from_bytes(adapter::MODEL_FILE, weights)?)
+    }
+
+    fn new(config: AdapterConfig<OwcConfig>, weights: &Checkpoint) -> Result<Self> {
+        config.method.check()?;
+        let (config, weights) = owc::fold(&config.method, &weights.arrays()?)?;
+        Ok(Classifier { config, weights })
+    }
+
+    /// At the owner: the model with its weights.
+    pub fn load<B: Backend>(&self, b: &B, owner: Owner) -> Result<crate::Owc<B>> {
+        crate::Owc::load(&params(b, owner, &self.weights), &self.config)
+    }
+
+    /// Elsewhere: the same model from its public configuration.
+    pub fn load_shapes<B: Backend>(b: &B, owner: Owner, config: &OwcConfig) -> Result<crate::Owc<B>> {
+        crate::Owc::load(&shapes(b, owner), config)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use veiltune_engine::Plain;
+    use veiltune_hub::{Precision, safetensors};
+
+    use super::*;
+    use crate::testing::{owc_config, random, vit_config};
+    use crate::{Owc, Vit};
+
+    /// A file's content.
+    fn stored(tensors: &Tensors) -> Vec<u8> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("m.safetensors");
+        safetensors::write(&path, tensors, Precision::F32).unwrap();
+        std::fs::read(&path).unwrap()
+    }
+
+    #[test]
+    fn embedded_content_gives_the_models_that_files_give() {
+        let b = Plain::new();
+        let (vit, owc) = (vit_config(), owc_config(2));
+        let backbone = random(|p| Vit::load(&p.pp("vit"), &vit));
+        let adapter = random(|p| Owc::load(p, &owc));
+        let config = BackboneConfig {
+            vit: vit.clone(),
+            preprocess: None,
+        };
+        let json = serde_json::to_vec(&config).unwrap();
+
+        let dir = tempfile::tempdir().unwrap();
+        files::write_atomic(&dir.path().join("config.json"), &json).unwrap();
+        files::write_atomic(&dir.path().join("model.safetensors"), &stored(&backbone)).unwrap();
+        let artefact = AdapterConfig {
+            peft_type: owc::PEFT_TYPE.into(),
+            base_model_name_or_path: "t".into(),
+            method: owc,
+        };
+        adapter::write(dir.path(), &artefact, &adapter, Precision::F32).unwrap();
+        let artefact = serde_json::to_vec(&artefact).unwrap();
+
+        let logits = |backbone: Backbone, classifier: Classifier| {
+            let image = b.input(Owner::Public, &[1, 1, 8, 8], Some(&[0.5; 64])).unwrap();
+            let hidden = backbone.load(&b).unwrap().forward(&b, &image).unwrap();
+            let states = classifier.config.states(&b, &hidden).unwrap();
+            let logits = classifier
+                .load(&b, Owner::Public)
+                .unwrap()
+                .forward(&b, &states)
+                .unwrap();
+            assert_eq!(logits.dims(), [1, 3]);
+            logits.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+        };
+        let embedded = logits(
+            Backbone::from_bytes(&json, stored(&backbone)).unwrap(),
+            Classifier::from_bytes(&artefact, stored(&adapter)).unwrap(),
+        );
+        assert_eq!(
+            embedded,
+            logits(
+                Backbone::open(dir.path()).unwrap(),
+                Classifier::open(dir.path()).unwrap()
+            )
+        );
+    }
+
+    #[test]
+    fn errors_say_what_is_wrong() {
+        let b = Plain::new();
+        let config = owc_config(1);
+        let mut tensors = random(|p| Owc::load(p, &config));
+        let load = |t: &Tensors| {
+            Owc::load(&params(&b, Owner::Public, t), &config)
+                .err()
+                .unwrap()
+                .to_string()
+        };
+        tensors.get_mut("head.weight").unwrap().dims = vec![1, 1];
+        assert!(load(&tensors).contains("head.weight"), "{}", load(&tensors));
+        assert!(
+            owc::fold(&config, &tensors)
+                .unwrap_err()
+                .to_string()
+                .contains("head.weight")
+        );
+        tensors.remove("adapters.0.down.bias");
+        assert!(
+            load(&tensors).contains("adapters.0.down.bias"),
+            "{}",
+            load(&tensors)
+        );
+        assert!(Classifier::from_bytes(b"{}", Vec::new()).is_err());
+        assert!(Backbone::from_bytes(b"{\"hidden_size\": 1}", Vec::new()).is_err());
+    }
+}
