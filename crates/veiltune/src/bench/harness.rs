@@ -1,0 +1,185 @@
+//! What the benchmarks share: two parties on one thread each, over TLS on loopback with an emulated network, with their
+//! material ready before the clock starts.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use serde::Serialize;
+use veiltune_engine::material::{Sink, Source};
+use veiltune_engine::session::{self, MaterialFrom, PartySession, Program};
+use veiltune_engine::{Error, Party, Result, Revealed, Tally};
+use veiltune_ring::Ring;
+use veiltune_ring::prg::Seed;
+use veiltune_wire::pki::Authority;
+use veiltune_wire::{Identity, Link, Network, Options, tcp};
+
+/// Smallest, median and largest of several runs.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Spread {
+    pub min: f64,
+    pub median: f64,
+    pub max: f64,
+}
+
+impl Spread {
+    fn of(mut seconds: Vec<f64>) -> Spread {
+        seconds.sort_by(f64::total_cmp);
+        Spread {
+            min: seconds[0],
+            median: seconds[seconds.len() / 2],
+            max: seconds[seconds.len() - 1],
+        }
+    }
+}
+
+/// What was measured, per pass.
+pub struct Timing {
+    /// The online phase of the counted passes.
+    pub seconds: Spread,
+    /// Computing the material at the dealer, without sending it.
+    pub dealer: f64,
+    /// Preparing the material at the busier party.
+    pub offline: f64,
+    /// Opening the parameters, once a session.
+    pub setup: f64,
+    /// What was revealed to each party in the last pass.
+    pub revealed: [Option<Revealed>; 2],
+}
+
+/// Material in memory: dealt first, then read by a party.
+#[derive(Clone, Default)]
+struct Shelf(Arc<Mutex<VecDeque<Vec<u8>>>>);
+
+impl Sink for Shelf {
+    fn put(&mut self, bytes: &[u8]) -> Result<()> {
+        self.0
+            .lock()
+            .unwrap_or_else(|e| e.into_inner())
+            .push_back(bytes.to_vec());
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        Ok(())
+    }
+}
+
+impl Source for Shelf {
+    fn take(&mut self, buf: &mut [u8]) -> Result<()> {
+        // Gates read exactly what the dealer put, piece by piece.
+        let piece = self.0.lock().unwrap_or_else(|e| e.into_inner()).pop_front();
+        match piece {
+            Some(piece) if piece.len() == buf.len() => {
+                buf.copy_from_slice(&piece);
+                Ok(())
+            }
+            _ => Err(Error::program("bench", "the material does not match the program")),
+        }
+    }
+}
+
+/// Runs one pass to warm up and `runs` counted ones. `programs` are those of the two parties and of the dealer; every pass
+/// costs the same, and what the links counted must be what `cost`, the prediction for one pass, says.
+pub fn time<P: Program + Sync>(
+    programs: [&P; 3],
+    cost: &Tally,
+    runs: usize,
+    network: Network,
+    shares: [VecDeque<Ring>; 2],
+) -> Result<Timing> {
+    let passes = runs + 1;
+    let seeds = [Seed::random()?, Seed::random()?];
+    let shelves = [Shelf::default(), Shelf::default()];
+    let sinks = shelves.clone().map(|s| Box::new(s) as Box<dyn Sink>);
+    let start = Instant::now();
+    one_thread()?.install(|| session::deal(programs[2], passes, seeds.clone(), sinks, |_| Ok(())))?;
+    let dealer = start.elapsed().as_secs_f64();
+    let dealt = shelves.each_ref().map(|s| {
+        let pieces = s.0.lock().unwrap_or_else(|e| e.into_inner());
+        pieces.iter().map(|p| p.len() as u64).sum::<u64>()
+    });
+
+    let links = links(network)?;
+    let mut results = Vec::new();
+    std::thread::scope(|scope| {
+        let mut threads = Vec::new();
+        let parties = [Party::P0, Party::P1]
+            .into_iter()
+            .zip(links)
+            .zip(shelves)
+            .zip(seeds)
+            .zip(shares)
+            .zip(programs);
+        for (((((party, peer), shelf), seed), shares), program) in parties {
+            threads.push(scope.spawn(move || -> Result<_> {
+                let material = MaterialFrom::Source(Box::new(shelf), seed);
+                let session = PartySession {
+                    party,
+                    peer,
+                    material,
+                    ahead: None,
+                    shares,
+                };
+                let (mut marks, mut last) = (Vec::with_capacity(passes), None);
+                let report = one_thread()?.install(|| {
+                    session.run(program, passes, |_, revealed| {
+                        marks.push(Instant::now());
+                        last = revealed;
+                        Ok(())
+                    })
+                })?;
+                Ok((marks, report, last))
+            }));
+        }
+        results = threads
+            .into_iter()
+            .map(|t| t.join().unwrap_or(Err(Error::Stopped("a thread"))))
+            .collect();
+    });
+    let results = results.into_iter().collect::<Result<Vec<_>>>()?;
+    let total = cost.total();
+    for (i, (_, report, _)) in results.iter().enumerate() {
+        let counted = [report.online_meter.rounds, report.online_meter.sent, dealt[i]];
+        let predicted =
+            [total.rounds, total.online_bytes[i], total.dealer_bytes[i]].map(|v| v * passes as u64);
+        if counted != predicted {
+            let detail = format!("rounds, bytes and dealer bytes were {counted:?}, predicted {predicted:?}");
+            return Err(Error::program("bench", detail));
+        }
+    }
+    // A pass ends when the later party ends it; the first has no mark before it and is not counted.
+    let ends: Vec<Instant> = (0..passes)
+        .map(|i| results[0].0[i].max(results[1].0[i]))
+        .collect();
+    let longest = |f: &dyn Fn(&session::Report) -> f64| results.iter().map(|r| f(&r.1)).fold(0.0, f64::max);
+    Ok(Timing {
+        seconds: Spread::of(ends.windows(2).map(|w| (w[1] - w[0]).as_secs_f64()).collect()),
+        dealer: dealer / passes as f64,
+        offline: longest(&|r| r.offline.as_secs_f64()) / passes as f64,
+        setup: longest(&|r| r.setup.as_secs_f64()),
+        revealed: [results[0].2.clone(), results[1].2.clone()],
+    })
+}
+
+fn one_thread() -> Result<rayon::ThreadPool> {
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(1)
+        .build()
+        .map_err(|e| Error::File(e.to_string()))
+}
+
+fn links(network: Network) -> Result<[Arc<dyn Link>; 2]> {
+    let names = [Identity::new("first")?, Identity::new("second")?];
+    let authority = Authority::new()?;
+    let credentials = [authority.issue(&names[0])?, authority.issue(&names[1])?];
+    let options = Options::over(network);
+    let listener = tcp::Listener::bind("127.0.0.1:0", &credentials[0], &options)?;
+    let address = listener.address().to_string();
+    let (accepted, connected) = std::thread::scope(|scope| {
+        let call = scope.spawn(|| tcp::connect(&address, &credentials[1], &names[0], &options));
+        let accepted = listener.accept(&names[1..]);
+        (accepted, call.join().map_err(|_| Error::Stopped("a thread")))
+    });
+    Ok([Arc::new(accepted?), Arc::new(connected??)])
+}

@@ -1,0 +1,102 @@
+//! The veiltune command line.
+
+mod bench;
+mod crew;
+mod deal;
+mod demo;
+mod error;
+mod events;
+mod inputs;
+mod job;
+mod program;
+mod progress;
+mod report;
+mod roles;
+
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+use error::{Error, Result};
+
+/// Private classification: one side's images, another side's adapter, and neither sees the other's.
+///
+/// A public vision backbone runs in the clear where the images are. The adapter and the classification head, which belong to
+/// somebody else, run under secure computation between the two sides; only the side with the images learns the result. A
+/// third process, the dealer, supplies randomness and sees neither images, adapter nor result.
+#[derive(Parser)]
+#[command(
+    version,
+    after_help = "Set RUST_LOG (info, debug) to see what the processes do, on standard error."
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Classify images privately with three processes on this machine, and compare with plain float
+    ///
+    /// Starts client, provider and dealer as processes of their own that talk over TCP with mutual TLS, and shows each image's
+    /// private label beside the one that ordinary floating point gives, then what it cost. Fails if the run took another
+    /// number of rounds or bytes than was predicted for it.
+    Demo(demo::DemoArgs),
+    /// Write the dealer's material to files, for a later `demo --material`
+    ///
+    /// Material depends on the adapter's public configuration and the number of images alone, so it can be made long before.
+    /// Each file goes to its own party, in secret: whoever holds both can see everything. A run removes what it uses.
+    Deal(deal::DealArgs),
+    /// Measure single operations of the protocols
+    #[command(subcommand)]
+    Bench(Bench),
+    /// Play one role of a run that another process has set up; ends when standard input does
+    #[command(hide = true)]
+    Role {
+        /// Which role.
+        role: roles::Role,
+        /// Its configuration file.
+        #[arg(long)]
+        config: PathBuf,
+    },
+}
+
+#[derive(Subcommand)]
+enum Bench {
+    /// Time, traffic and error of each private operation, between two parties over TLS on loopback
+    Ops(bench::ops::OpsArgs),
+    /// Time, traffic and accuracy of an adapter's private part, on random weights of true shapes
+    Adapter(bench::adapter::AdapterArgs),
+}
+
+fn main() -> ExitCode {
+    let command = Cli::parse().command;
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false)
+        .init();
+
+    let (result, told) = match &command {
+        Command::Demo(args) => (demo::run(args), false),
+        Command::Deal(args) => (deal::run(args), false),
+        Command::Bench(Bench::Ops(args)) => (bench::ops::run(args).map_err(Error::from), false),
+        Command::Bench(Bench::Adapter(args)) => (bench::adapter::run(args), false),
+        // A role tells the process that started it.
+        Command::Role { role, config } => (roles::run(*role, config), true),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            if !told {
+                eprintln!("veiltune: {e}");
+            }
+            ExitCode::from(e.exit_code())
+        }
+    }
+}

@@ -1,0 +1,73 @@
+//! What the user sees on standard error while a command works.
+
+use std::io::IsTerminal;
+
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+
+use crate::events::Stage;
+
+const STAGES: [(Stage, &str); 4] = [
+    (Stage::Backbone, "backbone (client, in the clear)"),
+    (Stage::Offline, "offline (dealer's material)"),
+    (Stage::Online, "online (client and provider)"),
+    (Stage::Reference, "plain float, to compare with"),
+];
+
+/// Bars on a terminal, plain lines elsewhere, or nothing.
+pub enum Progress {
+    /// A bar for each stage.
+    Bars(MultiProgress, [ProgressBar; 4]),
+    /// A line when a stage is done.
+    Lines,
+    /// The log alone.
+    Quiet,
+}
+
+impl Progress {
+    /// As fits standard error, unless `quiet`.
+    pub fn new(quiet: bool) -> Progress {
+        if quiet {
+            return Progress::Quiet;
+        }
+        if !std::io::stderr().is_terminal() {
+            return Progress::Lines;
+        }
+        let bars = MultiProgress::new();
+        let style = ProgressStyle::with_template("{prefix:32} {bar:30} {pos}/{len} images  {elapsed}");
+        let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
+        let each = STAGES.map(|(_, name)| ProgressBar::new(0).with_style(style.clone()).with_prefix(name));
+        Progress::Bars(bars, each)
+    }
+
+    /// So much of a stage is done.
+    pub fn at(&self, stage: Stage, done: usize, total: usize) {
+        let index = STAGES
+            .iter()
+            .position(|(s, _)| *s == stage)
+            .expect("every stage is listed");
+        match self {
+            Progress::Bars(bars, each) => {
+                let bar = &each[index];
+                if bar.length() == Some(0) {
+                    bars.add(bar.clone());
+                    bar.set_length(total as u64);
+                    bar.reset_elapsed();
+                }
+                bar.set_position(done as u64);
+                if done == total {
+                    bar.abandon();
+                }
+            }
+            Progress::Lines if done == total => eprintln!("{}: {done} of {total} images", STAGES[index].1),
+            Progress::Lines | Progress::Quiet => {}
+        }
+    }
+
+    /// A line that belongs to no stage.
+    pub fn log(&self, line: &str) {
+        match self {
+            Progress::Bars(bars, _) => bars.suspend(|| eprintln!("{line}")),
+            Progress::Lines | Progress::Quiet => eprintln!("{line}"),
+        }
+    }
+}

@@ -1,0 +1,308 @@
+//! Single roles against peers that are strangers, silent, wrong, or for another run.
+
+mod common;
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::path::PathBuf;
+use std::process::{Child, ExitStatus, Stdio};
+use std::sync::mpsc::{self, Receiver};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use common::{LIMIT, assets, pictures, veiltune, wait_for};
+use serde_json::{Value, json};
+use veiltune_nn::{OwcConfig, load::Classifier};
+use veiltune_wire::{Identity, pki::Authority};
+
+/// The set-up of a run, of which each test starts the roles it needs.
+struct World {
+    dir: tempfile::TempDir,
+    adapter: OwcConfig,
+}
+
+impl World {
+    fn new() -> World {
+        let world = World {
+            dir: tempfile::tempdir().unwrap(),
+            adapter: Classifier::open(&assets().join("adapter")).unwrap().config,
+        };
+        world.certify(&["client", "provider", "dealer"]);
+        world
+    }
+
+    /// Certificates of a new authority.
+    fn certify(&self, roles: &[&str]) {
+        let authority = Authority::new().unwrap();
+        for role in roles {
+            authority
+                .issue(&Identity::new(role).unwrap())
+                .unwrap()
+                .save(self.dir.path().join(role))
+                .unwrap();
+        }
+    }
+
+    fn config(&self, role: &str, own: Value) -> Value {
+        json!({
+            "session": vec![7; 16],
+            "credentials": self.dir.path().join(role),
+            "network": "none",
+            "wait": 60.0,
+            "batches": {"images": 1, "batch": 1},
+            "adapter": self.adapter,
+            "own": own,
+        })
+    }
+
+    fn dealer(&self) -> Player {
+        self.play("dealer", self.config("dealer", json!({})))
+    }
+
+    fn provider_config(&self, dealer: &str) -> Value {
+        self.config(
+            "provider",
+            json!({"weights": null, "material": {"dealer": dealer}}),
+        )
+    }
+
+    fn client_config(&self, provider: &str, dealer: &str) -> Value {
+        let own = json!({
+            "pictures": pictures(&["04_trouser.png"]),
+            "backbone": null,
+            "provider": provider,
+            "material": {"dealer": dealer},
+        });
+        self.config("client", own)
+    }
+
+    fn play(&self, role: &str, config: Value) -> Player {
+        let path: PathBuf = self.dir.path().join(format!("{role}.json"));
+        std::fs::write(&path, config.to_string()).unwrap();
+        let mut child = veiltune()
+            .args(["role", role, "--config"])
+            .arg(path)
+            .stdin(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let (tell, events) = mpsc::channel();
+        let (stdout, mut stderr) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
+        thread::spawn(move || {
+            for line in BufReader::new(stdout).lines() {
+                let _ = tell.send(serde_json::from_str(&line.unwrap()).unwrap());
+            }
+        });
+        let log = thread::spawn(move || {
+            let mut text = String::new();
+            stderr.read_to_string(&mut text).unwrap();
+            text
+        });
+        Player { child, events, log }
+    }
+}
+
+struct Player {
+    child: Child,
+    events: Receiver<Value>,
+    log: JoinHandle<String>,
+}
+
+struct Ending {
+    status: ExitStatus,
+    events: Vec<Value>,
+    log: String,
+}
+
+impl Player {
+    fn address(&self) -> String {
+        let event = self.events.recv_timeout(LIMIT).unwrap();
+        assert_eq!(event["event"], "listening");
+        event["address"].as_str().unwrap().to_owned()
+    }
+
+    fn end(mut self, limit: Duration) -> Ending {
+        let status = wait_for("end of a role", limit, || self.child.try_wait().unwrap());
+        Ending {
+            status,
+            events: self.events.iter().collect(),
+            log: self.log.join().unwrap(),
+        }
+    }
+}
+
+impl Ending {
+    /// The role failed, and its message holds each of `parts`.
+    fn explains(&self, parts: &[&str]) {
+        let failed = self.events.last().filter(|e| e["event"] == "failed");
+        let message = failed.unwrap_or_else(|| panic!("{:?} {}", self.events, self.log))["message"]
+            .as_str()
+            .unwrap();
+        assert!(self.status.code().is_some_and(|code| code > 0), "{}", self.status);
+        for part in parts {
+            assert!(message.contains(part), "{part:?} is not in {message:?}");
+        }
+    }
+}
+
+/// More than any of these failures may take.
+const PROMPTLY: Duration = Duration::from_secs(30);
+
+#[test]
+fn strangers_are_sent_away_and_the_run_goes_on() {
+    let world = World::new();
+    let dealer = world.dealer();
+    let dealer_at = dealer.address();
+    let provider = world.play("provider", world.provider_config(&dealer_at));
+    let provider_at = provider.address();
+
+    // One that says nothing, one that talks something else, one that hangs up; at both listeners.
+    let silent = [&dealer_at, &provider_at].map(|address| TcpStream::connect(address).unwrap());
+    for address in [&dealer_at, &provider_at] {
+        let mut stranger = TcpStream::connect(address).unwrap();
+        stranger.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
+        TcpStream::connect(address).unwrap();
+    }
+    let client = world.play("client", world.client_config(&provider_at, &dealer_at));
+    for (player, silent) in [(client, false), (provider, true), (dealer, true)] {
+        let end = player.end(LIMIT);
+        assert!(end.status.success(), "{:?} {}", end.events, end.log);
+        if silent {
+            for complaint in ["silent", "does not speak TLS"] {
+                assert!(end.log.contains(complaint), "{complaint}: {}", end.log);
+            }
+        }
+    }
+    drop(silent);
+}
+
+#[test]
+fn a_certificate_of_another_authority_is_not_trusted() {
+    let world = World::new();
+    let mut config = world.config("dealer", json!({}));
+    config["wait"] = 3.0.into();
+    let dealer = world.play("dealer", config);
+    let address = dealer.address();
+    // The files of the dealer are read by now; the others' are replaced.
+    world.certify(&["provider"]);
+    world
+        .play("provider", world.provider_config(&address))
+        .end(PROMPTLY)
+        .explains(&["certificate", "one authority"]);
+    let end = dealer.end(PROMPTLY);
+    end.explains(&["client or provider"]);
+    assert!(end.log.contains("sent a caller away"), "{}", end.log);
+}
+
+#[test]
+fn a_trusted_certificate_of_another_role_is_refused() {
+    let world = World::new();
+    let dealer = world.dealer();
+    let address = dealer.address();
+    // The client is told that the provider is where the dealer is.
+    world
+        .play("client", world.client_config(&address, &address))
+        .end(PROMPTLY)
+        .explains(&["expected provider", "dealer"]);
+    end_with_input(dealer);
+}
+
+#[test]
+fn roles_of_different_runs_tell_what_differs() {
+    for (change, value, complaint) in [
+        ("session", json!(vec![8; 16]), "session"),
+        ("batches", json!({"images": 2, "batch": 1}), "program"),
+        ("network", json!("lan"), "configured"),
+    ] {
+        let world = World::new();
+        let dealer = world.dealer();
+        let mut config = world.provider_config(&dealer.address());
+        config[change] = value;
+        let provider = world.play("provider", config);
+        provider.end(PROMPTLY).explains(&["dealer", complaint]);
+        dealer.end(PROMPTLY).explains(&["provider", complaint]);
+    }
+}
+
+#[test]
+fn another_adapter_than_the_configured_one_is_refused_by_the_provider() {
+    let mut world = World::new();
+    world.adapter.final_norm.sigma.1 *= 2.0;
+    let dealer = world.dealer();
+    let provider = world.play("provider", world.provider_config(&dealer.address()));
+    provider
+        .end(PROMPTLY)
+        .explains(&["adapter", "public configuration"]);
+    end_with_input(dealer);
+}
+
+#[test]
+fn a_configuration_that_cannot_be_used_is_named() {
+    let world = World::new();
+    for config in [json!(null), json!({}), json!({"session": [1]})] {
+        world
+            .play("dealer", config)
+            .end(PROMPTLY)
+            .explains(&["dealer.json"]);
+    }
+    let mut config = world.client_config("127.0.0.1:9", "127.0.0.1:9");
+    config["batches"]["images"] = 2.into();
+    world
+        .play("client", config)
+        .end(PROMPTLY)
+        .explains(&["for 2 images, there are 1"]);
+    let mut config = world.config("dealer", json!({}));
+    config["credentials"] = json!(world.dir.path().join("nobody"));
+    world.play("dealer", config).end(PROMPTLY).explains(&["nobody"]);
+}
+
+#[test]
+fn a_party_that_vanishes_is_missed() {
+    let world = World::new();
+    let slow = |mut config: Value| {
+        (config["batches"]["images"], config["network"]) = (20.into(), "100:20000".into());
+        config
+    };
+    let dealer = world.play("dealer", slow(world.config("dealer", json!({}))));
+    let dealer_at = dealer.address();
+    let provider = world.play("provider", slow(world.provider_config(&dealer_at)));
+    let mut config = slow(world.client_config(&provider.address(), &dealer_at));
+    config["own"]["pictures"] = Value::Null;
+    let mut client = world.play("client", config);
+    wait_for("first image", LIMIT, || {
+        let event = client.events.recv_timeout(LIMIT).unwrap();
+        (event["event"] == "classified").then_some(())
+    });
+    client.child.kill().unwrap();
+    client.child.wait().unwrap();
+    provider.end(PROMPTLY).explains(&["client is gone"]);
+    // The dealer had done its work.
+    assert!(dealer.end(PROMPTLY).status.success());
+}
+
+#[test]
+fn a_dealer_that_vanishes_is_missed_by_both_parties() {
+    let world = World::new();
+    let long = |mut config: Value| {
+        config["batches"]["images"] = 600.into();
+        config
+    };
+    let mut dealer = world.play("dealer", long(world.config("dealer", json!({}))));
+    let dealer_at = dealer.address();
+    let provider = world.play("provider", long(world.provider_config(&dealer_at)));
+    let mut config = long(world.client_config(&provider.address(), &dealer_at));
+    config["own"]["pictures"] = json!(pictures(&["04_trouser.png"; 600]));
+    let client = world.play("client", config);
+    let event = dealer.events.recv_timeout(LIMIT).unwrap();
+    assert_eq!((&event["event"], &event["done"]), (&"progress".into(), &1.into()));
+    dealer.child.kill().unwrap();
+    dealer.child.wait().unwrap();
+    for party in [client, provider] {
+        party.end(PROMPTLY).explains(&["dealer"]);
+    }
+}
+
+/// A role ends when its standard input does.
+fn end_with_input(mut player: Player) {
+    drop(player.child.stdin.take());
+    assert_eq!(player.end(PROMPTLY).status.code(), Some(1));
+}
