@@ -22,6 +22,11 @@ use tracing_subscriber::EnvFilter;
 
 use error::{Error, Result};
 
+/// Gates allocate and free buffers of many megabytes; an allocator that keeps them spares the page faults, which otherwise
+/// cost more than the arithmetic.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Private classification: one side's images, another side's adapter, and neither sees the other's.
 ///
 /// A public vision backbone runs in the clear where the images are. The adapter and the classification head, which belong to
