@@ -203,12 +203,15 @@ fn fit_product<G: Gates>(g: &G, a: &G::T, b: &G::T) -> Result<(G::T, G::T)> {
     let coarse = |s: u32| s.min(SCALE);
     let (cut_a, cut_b) = if sa + sb <= MAX_SCALE {
         (false, false)
-    } else if sa >= sb && coarse(sa) + sb <= MAX_SCALE {
-        (true, false)
-    } else if sa + coarse(sb) <= MAX_SCALE {
-        (false, true)
     } else {
-        (true, true)
+        // Of the operands that would do alone, the smaller: its opening, and that of its truncation, are the price.
+        let (fits_a, fits_b) = (coarse(sa) + sb <= MAX_SCALE, sa + coarse(sb) <= MAX_SCALE);
+        let a_is_smaller = g.meta(a).len() <= g.meta(b).len();
+        match (fits_a, fits_b) {
+            (true, true) => (a_is_smaller, !a_is_smaller),
+            (false, false) => (true, true),
+            one => one,
+        }
     };
     Ok(match (cut_a && sa > SCALE, cut_b && sb > SCALE) {
         (false, false) => (a.clone(), b.clone()),

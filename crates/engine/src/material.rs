@@ -29,21 +29,56 @@ pub trait Sink: Send {
 pub trait Source: Send {
     /// The next bytes; an error if there are fewer.
     fn take(&mut self, buf: &mut [u8]) -> Result<()>;
+
+    /// Which deal it is of, where that is not plain from where it comes: the parties compare.
+    fn deal(&self) -> DealId {
+        DealId::default()
+    }
 }
 
+/// Names one deal: the material of both parties carries it, and no other material does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DealId(pub(crate) [u8; 16]);
+
+impl DealId {
+    /// A fresh name.
+    pub fn random() -> Result<DealId> {
+        Ok(DealId(*Seed::random()?.expose()))
+    }
+}
+
+/// Bytes that a dealer queues for a party before it waits until they have gone: its memory stays bounded however
+/// slowly the party takes them.
+const AHEAD: usize = 64 << 20;
+
 /// Streams to a party over its link.
-pub struct LinkSink(pub Arc<dyn Link>);
+pub struct LinkSink {
+    link: Arc<dyn Link>,
+    queued: usize,
+}
+
+impl LinkSink {
+    /// Over this link.
+    pub fn new(link: Arc<dyn Link>) -> LinkSink {
+        LinkSink { link, queued: 0 }
+    }
+}
 
 impl Sink for LinkSink {
     fn put(&mut self, bytes: &[u8]) -> Result<()> {
         for piece in bytes.chunks(CHUNK) {
-            self.0.send(piece.to_vec())?;
+            self.link.send(piece.to_vec())?;
+            self.queued += piece.len();
+            if self.queued >= AHEAD {
+                self.link.flush()?;
+                self.queued = 0;
+            }
         }
         Ok(())
     }
 
     fn finish(&mut self) -> Result<()> {
-        match self.0.flush() {
+        match self.link.flush() {
             // A party that has taken all it needs may be done, and gone, before the dealer is. If it went too early,
             // it says so itself, and so does its peer.
             Err(veiltune_wire::Error::PeerGone { how, .. }) if how == "closed" => Ok(()),
@@ -64,8 +99,8 @@ impl Source for LinkSource {
     }
 }
 
-const MAGIC: &[u8; 16] = b"veiltune-mat-v1\n";
-const HEADER: usize = 16 + 1 + 32 + 16;
+const MAGIC: &[u8; 16] = b"veiltune-mat-v2\n";
+const HEADER: usize = 16 + 1 + 32 + 16 + 16;
 
 /// What a material file is for.
 #[derive(Clone, PartialEq, Eq)]
@@ -86,7 +121,7 @@ pub struct FileSink {
 
 impl FileSink {
     /// Creates the file (readable by its owner alone) with the party's seed.
-    pub fn create(path: &Path, label: &Label, seed: &Seed) -> Result<FileSink> {
+    pub fn create(path: &Path, label: &Label, deal: DealId, seed: &Seed) -> Result<FileSink> {
         let partial = path.with_extension("partial");
         let mut options = OpenOptions::new();
         options.write(true).create_new(true);
@@ -115,6 +150,7 @@ impl FileSink {
         header.extend_from_slice(MAGIC);
         header.push(label.party.index() as u8);
         header.extend_from_slice(&label.program);
+        header.extend_from_slice(&deal.0);
         header.extend_from_slice(seed.expose());
         sink.put(&header)?;
         Ok(sink)
@@ -154,6 +190,7 @@ impl Drop for FileSink {
 pub struct FileSource {
     input: BufReader<File>,
     remaining: u64,
+    deal: DealId,
     path: PathBuf,
 }
 
@@ -215,12 +252,14 @@ impl FileSource {
                 path.display()
             )));
         }
-        let mut seed = [0; 16];
-        seed.copy_from_slice(&header[49..]);
+        let (mut deal, mut seed) = ([0; 16], [0; 16]);
+        deal.copy_from_slice(&header[49..65]);
+        seed.copy_from_slice(&header[65..]);
         Ok((
             FileSource {
                 input,
                 remaining: body,
+                deal: DealId(deal),
                 path: path.into(),
             },
             Seed::from_bytes(seed),
@@ -237,6 +276,10 @@ impl Source for FileSource {
             ))
         })?;
         self.input.read_exact(buf).map_err(|e| file_error(&self.path, &e))
+    }
+
+    fn deal(&self) -> DealId {
+        self.deal
     }
 }
 

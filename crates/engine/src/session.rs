@@ -10,7 +10,7 @@ use veiltune_wire::{Link, Meter, Network};
 
 use crate::cost::Tally;
 use crate::gates::encode;
-use crate::material::{LinkSink, LinkSource, ParameterStore, Queue, Sink, Source};
+use crate::material::{DealId, LinkSink, LinkSource, ParameterStore, Queue, Sink, Source};
 use crate::offline::Offline;
 use crate::online::Online;
 use crate::protocols::compare::Comparison;
@@ -125,7 +125,7 @@ pub fn serve_material<P: Program>(
         for (link, seed) in links.iter().zip(&seeds) {
             link.send(seed.expose().to_vec())?;
         }
-        let sinks = links.clone().map(|l| Box::new(LinkSink(l)) as Box<dyn Sink>);
+        let sinks = links.clone().map(|l| Box::new(LinkSink::new(l)) as Box<dyn Sink>);
         deal(program, passes, seeds, sinks, progress)
     };
     run().inspect_err(|e| links.iter().for_each(|l| l.abort(&e.to_string())))
@@ -207,6 +207,7 @@ impl PartySession {
                 )
             }
         };
+        let deal_id = source.deal();
         let dealt = || dealer.as_ref().map_or(0, |d| d.meter().received);
         let dealt_before = dealt();
 
@@ -248,9 +249,15 @@ impl PartySession {
                 if ahead.is_none() {
                     done_rx.recv().map_err(|_| Error::Stopped("the offline phase"))?;
                 }
-                // Both start the online phase together.
-                peer.send(vec![0])?;
-                peer.recv(&mut [0])?;
+                // Both start the online phase together, with material of the same deal.
+                peer.send(deal_id.0.to_vec())?;
+                let mut other = DealId::default();
+                peer.recv(&mut other.0)?;
+                if other != deal_id {
+                    return Err(Error::File(
+                        "the other party's material is of another deal: use the two files that were made together".into(),
+                    ));
+                }
                 report.offline = start.elapsed();
 
                 let (start, before) = (Instant::now(), peer.meter());
@@ -319,7 +326,7 @@ pub fn run_local<P: Program + Send>(
         let dealer = scope.spawn({
             let (links, seeds) = (dealer_links.clone(), seeds.clone());
             move || {
-                let sinks = links.map(|l| Box::new(LinkSink(l)) as Box<dyn Sink>);
+                let sinks = links.map(|l| Box::new(LinkSink::new(l)) as Box<dyn Sink>);
                 deal(programs[0], passes, seeds, sinks, |_| Ok(()))
             }
         });

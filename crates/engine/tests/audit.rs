@@ -189,8 +189,8 @@ fn audit(context: &str, views: &[&View], party: usize) {
             .map(|i| views.iter().map(|v| part(v)[i].clone()).collect())
             .collect()
     };
-    // Both tell each other that the online phase starts.
-    let starts = |m: &Sample| m.iter().all(|m| *m == [0]);
+    // Both tell each other which deal the online phase starts with; it has no name where a dealer streams.
+    let starts = |m: &Sample| m.iter().all(|m| *m == [0; 16]);
     let (mut peer, mut sent, dealer) = (of(|v| &v.peer), of(|v| &v.sent), of(|v| &v.dealer));
     let before = peer.len();
     peer.retain(|m| !starts(m));

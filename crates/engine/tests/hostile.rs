@@ -227,7 +227,12 @@ fn garbage_of_the_right_length_gives_a_wrong_result_at_worst() {
             // The dealer's first message is the seed: noise is as good there as any.
             for start in [0, 1, 2, 5, 9] {
                 let noise = |link| Arc::new(Garbage(link, start, AtomicU64::new(0))) as Arc<dyn Link>;
-                wrapped(&job, who, LONG, noise).unwrap();
+                let outcome = wrapped(&job, who, LONG, noise);
+                // The name of the deal is the one message whose content is compared.
+                let refused = |e: &Error| e.to_string().contains("another deal");
+                if !outcome.parties.iter().any(|p| p.as_ref().is_err_and(refused)) {
+                    outcome.unwrap();
+                }
             }
             for fault in [Fault::Corrupt, Fault::Duplicate] {
                 for index in 0..messages(&job, who) {

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
-use veiltune_engine::material::{FileSink, FileSource, Label, Sink};
+use veiltune_engine::material::{DealId, FileSink, FileSource, Label, Sink};
 use veiltune_engine::session::{self, MaterialFrom, PartySession};
 use veiltune_engine::{Activation, Comparison, Error, Owner, Party, Range, Result, Revealed};
 use veiltune_ring::Ring;
@@ -43,8 +43,10 @@ fn paths(dir: &TempDir) -> [PathBuf; 2] {
 /// Deals into two files.
 fn deal(dir: &TempDir, job: &Job, passes: usize) -> [PathBuf; 2] {
     let (paths, labels, seeds) = (paths(dir), labels(job, passes), seeds());
+    let deal_id = DealId::random().expect("a name");
     let sink = |i: usize| {
-        Box::new(FileSink::create(&paths[i], &labels[i], &seeds[i]).expect("a new file")) as Box<dyn Sink>
+        Box::new(FileSink::create(&paths[i], &labels[i], deal_id, &seeds[i]).expect("a new file"))
+            as Box<dyn Sink>
     };
     session::deal(job, passes, seeds.clone(), [sink(0), sink(1)], |_| Ok(())).expect("dealt");
     paths
@@ -230,7 +232,8 @@ fn only_the_owner_may_read_it() {
 fn a_dealer_that_fails_leaves_nothing_under_the_name() {
     let dir = TempDir::new().expect("a directory");
     let (paths, labels, seeds) = (paths(&dir), labels(&job(), 2), seeds());
-    let create = |i: usize| FileSink::create(&paths[i], &labels[i], &seeds[i]);
+    let deal_id = DealId::random().expect("a name");
+    let create = |i: usize| FileSink::create(&paths[i], &labels[i], deal_id, &seeds[i]);
     let sinks = [0, 1].map(|i| Box::new(create(i).expect("a new file")) as Box<dyn Sink>);
     let failed = session::deal(&job(), 2, seeds.clone(), sinks, |passes| match passes {
         1 => Err(Error::Stopped("the test")),
@@ -253,7 +256,7 @@ fn material_is_never_overwritten() {
     let paths = deal(&dir, &job(), 1);
     let before = fs::read(&paths[0]).expect("a file");
     let [label, _] = labels(&job(), 1);
-    let message = FileSink::create(&paths[0], &label, &seeds()[0])
+    let message = FileSink::create(&paths[0], &label, DealId::random().expect("a name"), &seeds()[0])
         .err()
         .expect("in the way")
         .to_string();
@@ -277,4 +280,19 @@ fn material_for_fewer_passes_runs_out() {
     );
     assert!(start.elapsed() < Duration::from_secs(10));
     assert!(paths.iter().all(|p| !p.exists()), "spent all the same");
+}
+
+#[test]
+fn material_of_two_deals_does_not_mix() {
+    let (first, second) = (
+        TempDir::new().expect("a directory"),
+        TempDir::new().expect("a directory"),
+    );
+    let mine = open(&deal(&first, &job(), 1), &job(), 1);
+    let other = open(&deal(&second, &job(), 1), &job(), 1);
+    let ([p0, _], [_, p1]) = (mine, other);
+    for result in consume(&job(), [p0, p1], 1) {
+        let message = result.expect_err("must be refused").to_string();
+        assert!(message.contains("deal"), "{message}");
+    }
 }

@@ -7,15 +7,16 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use clap::Args;
 use serde::{Deserialize, Serialize};
-use veiltune_engine::Error as EngineError;
-use veiltune_engine::material::{FileSink, Label, Sink};
+use veiltune_engine::material::{DealId, FileSink, Label, Sink};
 use veiltune_engine::session::{Plan, deal};
+use veiltune_engine::{Comparison, Error as EngineError};
 use veiltune_hub::files;
 use veiltune_ring::prg::Seed;
+use veiltune_wire::Network;
 
 use crate::events::Stage;
 use crate::inputs;
-use crate::program::{Batches, CLIENT, Classification, PROVIDER};
+use crate::program::{Batches, CLIENT, Classification, Compare, PROVIDER};
 use crate::progress::Progress;
 use crate::roles::Role;
 use crate::{Error, Result};
@@ -35,6 +36,12 @@ pub struct DealArgs {
     /// Directory of the adapter, of which only the public configuration is used [default: the embedded one]
     #[arg(long, value_name = "DIR")]
     adapter: Option<PathBuf>,
+    /// How the parties will compare numbers; auto takes what is sooner through the network
+    #[arg(long, value_enum, default_value = "auto", value_name = "HOW")]
+    comparison: Compare,
+    /// Network that the comparison is chosen for: none, lan, wan, or RATE_MBIT:DELAY_US
+    #[arg(long, default_value = "none", value_name = "NETWORK")]
+    network: Network,
 }
 
 /// Beside the material: what it is for. Whatever does not fit is refused before any material is consumed.
@@ -42,6 +49,8 @@ pub struct DealArgs {
 pub struct Manifest {
     #[serde(flatten)]
     batches: Batches,
+    /// How the parties compare numbers.
+    pub comparison: Comparison,
     program: [u8; 32],
 }
 
@@ -92,7 +101,8 @@ pub fn run(args: &DealArgs) -> Result<()> {
         batch: args.batch,
     };
     let config = inputs::classifier(args.adapter.as_deref())?.config;
-    let program = Classification::public(&config, batches);
+    let mut program = Classification::public(&config, batches);
+    program.comparison = args.comparison.over(&args.network, &program)?;
     let plan = program.plan()?;
 
     let interrupted = Arc::new(AtomicBool::new(false));
@@ -105,6 +115,7 @@ pub fn run(args: &DealArgs) -> Result<()> {
     private_directory(&args.out).map_err(Error::io(format!("making {}", args.out.display())))?;
     let seeds = [random()?, random()?];
     let mut paths = Vec::new();
+    let deal_id = DealId::random()?;
     let mut sink = |role, party, seed: &Seed| -> Result<Box<dyn Sink>> {
         let path = file(&args.out, role);
         let sink = FileSink::create(
@@ -113,6 +124,7 @@ pub fn run(args: &DealArgs) -> Result<()> {
                 party,
                 program: plan.program,
             },
+            deal_id,
             seed,
         )?;
         paths.push(path);
@@ -145,6 +157,7 @@ pub fn run(args: &DealArgs) -> Result<()> {
         &args.out.join(MANIFEST),
         &Manifest {
             batches,
+            comparison: program.comparison,
             program: plan.program,
         },
     )
@@ -160,7 +173,7 @@ fn random() -> Result<Seed> {
 }
 
 /// Material is secret: a new directory is for its owner alone.
-fn private_directory(path: &Path) -> std::io::Result<()> {
+pub fn private_directory(path: &Path) -> std::io::Result<()> {
     let mut builder = std::fs::DirBuilder::new();
     builder.recursive(true);
     #[cfg(unix)]

@@ -10,7 +10,7 @@ use clap::Args;
 use serde::Serialize;
 use tempfile::TempDir;
 use veiltune_engine::session::{Plan, Program};
-use veiltune_engine::{Error as EngineError, Plain};
+use veiltune_engine::{Comparison, Error as EngineError, Plain};
 use veiltune_hub::files;
 use veiltune_nn::load::{Backbone, Classifier};
 use veiltune_wire::{Network, pki::Authority};
@@ -19,7 +19,8 @@ use crate::crew::Crew;
 use crate::deal::{self, Manifest};
 use crate::events::{Classified, Event, Measured, Stage};
 use crate::inputs::{self, Pictures};
-use crate::program::{Batches, Classification, hidden_states};
+use crate::job::new_session;
+use crate::program::{Batches, Classification, Compare, hidden_states};
 use crate::progress::Progress;
 use crate::report::{Private, Report};
 use crate::roles::{ClientConfig, Config, DealerConfig, Material, ProviderConfig, Role};
@@ -48,17 +49,29 @@ pub struct DemoArgs {
     /// Images that share a forward pass, and so its rounds
     #[arg(long, default_value = "32", value_name = "N", conflicts_with = "material")]
     batch: NonZeroUsize,
+    /// How the parties compare numbers; auto takes what is sooner through the network
+    #[arg(
+        long,
+        value_enum,
+        default_value = "auto",
+        value_name = "HOW",
+        conflicts_with = "material"
+    )]
+    comparison: Compare,
     /// Use the material that `veiltune deal` wrote to this directory; no dealer runs. It serves exactly once
     #[arg(long, value_name = "DIR")]
     material: Option<PathBuf>,
     /// Print one JSON object to standard output instead of the table
     ///
-    /// Its members: images, agree, max_logit_error, rounds, online_bytes [client to provider, provider to client], setup_bytes
-    /// (likewise), dealer_bytes [to client, to provider], seconds {backbone, setup, offline, online}, predicted {rounds,
-    /// online_bytes, setup_bytes, dealer_bytes}, results [one an image], and what is known besides.
+    /// Its members: images, agree, max_logit_error, comparison, rounds, online_bytes [client to provider, provider to client],
+    /// setup_bytes (likewise), dealer_bytes [to client, to provider], seconds {backbone, setup, offline, online}, predicted
+    /// {rounds, online_bytes, setup_bytes, dealer_bytes}, results [one an image], and what is known besides.
     #[arg(long)]
     json: bool,
 }
+
+/// Where the roles listen; the system chooses the port.
+const LOOPBACK: &str = "127.0.0.1:0";
 
 /// Runs it.
 pub fn run(args: &DemoArgs) -> Result<()> {
@@ -79,6 +92,8 @@ pub struct Inputs {
     pub pictures: Pictures,
     /// What the run must cost, exactly.
     pub plan: Plan,
+    /// How the parties compare numbers.
+    pub comparison: Comparison,
     /// How the pictures are divided into passes.
     pub batches: Batches,
     /// The number of each picture's true class, where it is known.
@@ -105,10 +120,16 @@ impl Inputs {
             images: pictures.len(),
             batch: batch.min(NonZeroUsize::new(pictures.len()).unwrap_or(batch)),
         };
-        let plan = Classification::public(&classifier.config, batches).plan()?;
+        let mut program = Classification::public(&classifier.config, batches);
+        program.comparison = match &manifest {
+            Some(manifest) => manifest.comparison,
+            None => args.comparison.over(&args.network, &program)?,
+        };
+        let (plan, comparison) = (program.plan()?, program.comparison);
         manifest.map_or(Ok(()), |m| m.check(&plan))?;
         Ok(Inputs {
             plan,
+            comparison,
             pictures,
             batches,
             truth,
@@ -129,10 +150,14 @@ fn run_privately(args: &DemoArgs, inputs: &Inputs, crew: &mut Crew, progress: &P
 
     let mut dealer = None;
     if args.material.is_none() {
-        crew.start(Role::Dealer, &setup.config(Role::Dealer, DealerConfig {})?)?;
+        let own = DealerConfig {
+            listen: LOOPBACK.into(),
+        };
+        crew.start(Role::Dealer, &setup.config(Role::Dealer, own)?)?;
         dealer = Some(crew.address(Role::Dealer, progress)?.to_string());
     }
     let own = ProviderConfig {
+        listen: LOOPBACK.into(),
         weights: args.adapter.clone(),
         material: material(Role::Provider, &dealer),
     };
@@ -186,10 +211,9 @@ fn run_plainly(inputs: &Inputs, crew: &Crew, progress: &Progress) -> Result<Vec<
             batch: NonZeroUsize::MIN,
         };
         let program = Classification {
-            config,
-            batches,
             weights: Some(weights),
             images: Some(&image),
+            ..Classification::public(config, batches)
         };
         let logits = program
             .forward(&b, &program.load(&b)?, 0)?
@@ -223,12 +247,9 @@ impl<'a> Setup<'a> {
                 .issue(&role.identity())?
                 .save(folder.path().join(role.name()))?;
         }
-        let mut session = [0; 16];
-        getrandom::fill(&mut session)
-            .map_err(|e| Error::io("drawing a session number")(std::io::Error::other(e)))?;
         Ok(Setup {
             folder,
-            session,
+            session: new_session()?,
             args,
             inputs,
         })
@@ -239,11 +260,12 @@ impl<'a> Setup<'a> {
         let credentials = self.folder.path().join(role.name());
         let path = credentials.join("role.json");
         let config = Config {
-            session: self.session,
+            session: Some(self.session),
             credentials,
             network: self.args.network,
             wait: Self::WAIT,
             batches: self.inputs.batches,
+            comparison: self.inputs.comparison,
             adapter: self.inputs.classifier.config.clone(),
             own,
         };

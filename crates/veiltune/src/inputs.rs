@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use veiltune_hub::{Preprocess, files};
-use veiltune_nn::OwcConfig;
+use veiltune_hub::{AdapterConfig, Preprocess, files};
 use veiltune_nn::load::{Backbone, Classifier};
+use veiltune_nn::{OwcConfig, owc};
 
 use crate::{Error, Result};
 
@@ -86,7 +86,7 @@ impl Pictures {
             Pictures::Embedded => preprocess.decode(PICTURES[i].0, PICTURES[i].1),
             Pictures::Files(paths) => preprocess.load(&paths[i]),
         };
-        read.map_err(|e| Error::Input(format!("{e}; give readable PNG or JPEG files to --images")))
+        read.map_err(|e| Error::Input(format!("{e}; give readable PNG or JPEG files")))
     }
 
     /// The number of each picture's true class, where `labels.json` beside it or its own name (`NAME_label.png`) tells.
@@ -131,12 +131,7 @@ fn slug(label: &str) -> String {
 }
 
 fn in_directory(dir: &Path) -> Result<Vec<PathBuf>> {
-    let unreadable = |e| {
-        Error::Input(format!(
-            "{}: {e}; give a readable directory to --images",
-            dir.display()
-        ))
-    };
+    let unreadable = |e| Error::Input(format!("{}: {e}; give a readable directory", dir.display()));
     let mut found = Vec::new();
     for entry in std::fs::read_dir(dir).map_err(unreadable)? {
         let path = entry.map_err(unreadable)?.path();
@@ -180,18 +175,50 @@ pub fn classifier(dir: Option<&Path>) -> Result<Classifier> {
     .map_err(|e| bad_weights(e, dir, "--adapter"))
 }
 
+/// What is public of an adapter, from its `adapter_config.json` alone, or of the embedded one.
+pub fn adapter_config(file: Option<&Path>) -> Result<OwcConfig> {
+    let Some(file) = file else {
+        return Ok(classifier(None)?.config);
+    };
+    let read = || -> veiltune_nn::Result<OwcConfig> {
+        let bytes = files::read(file, MAX_CONFIG)?;
+        let parsed = AdapterConfig::<OwcConfig>::parse(&file.to_string_lossy(), &bytes, owc::PEFT_TYPE)?;
+        parsed.method.check()?;
+        Ok(parsed.method)
+    };
+    let config = read().map_err(|e| {
+        let detail = placed(e, &file.display().to_string());
+        Error::Input(format!(
+            "{detail}; give an adapter's adapter_config.json to --adapter-config"
+        ))
+    })?;
+    // An adapter is served folded, whatever form its file is in.
+    Ok(OwcConfig {
+        folded: true,
+        scale: if config.folded { config.scale } else { 1.0 },
+        ..config
+    })
+}
+
+/// Bytes of the longest configuration that is read.
+const MAX_CONFIG: u64 = 1 << 22;
+
 /// An error that names the directory and the option.
 pub fn bad_weights(e: impl std::fmt::Display, dir: Option<&Path>, option: &str) -> Error {
     let place = dir.map_or("the embedded model".into(), |d| d.display().to_string());
-    let detail = e.to_string();
-    let detail = if detail.starts_with(&place) {
-        detail
-    } else {
-        format!("{place}: {detail}")
-    };
     Error::Input(format!(
-        "{detail}; give a complete, undamaged directory to {option}"
+        "{}; give a complete, undamaged directory to {option}",
+        placed(e, &place)
     ))
+}
+
+/// What is wrong, and where, which is said once.
+fn placed(e: impl std::fmt::Display, place: &str) -> String {
+    let detail = e.to_string();
+    match detail.starts_with(place) {
+        true => detail,
+        false => format!("{place}: {detail}"),
+    }
 }
 
 /// Refuses an adapter that was not trained for this backbone.
@@ -248,6 +275,36 @@ mod tests {
                 .to_string()
                 .contains(LABELS_FILE)
         );
+    }
+
+    #[test]
+    fn the_public_file_alone_gives_the_configuration_that_the_provider_serves() {
+        let path =
+            Path::new(env!("CARGO_MANIFEST_DIR")).join("../../assets/demo/adapter/adapter_config.json");
+        let served = classifier(None).unwrap().config;
+        assert_eq!(adapter_config(Some(&path)).unwrap(), served);
+        assert_eq!(adapter_config(None).unwrap(), served);
+
+        let dir = tempfile::tempdir().unwrap();
+        let folded = dir.path().join("folded.json");
+        let config = AdapterConfig {
+            peft_type: owc::PEFT_TYPE.into(),
+            base_model_name_or_path: String::new(),
+            method: served.clone(),
+        };
+        files::write_json(&folded, &config).unwrap();
+        assert_eq!(adapter_config(Some(&folded)).unwrap(), served);
+
+        std::fs::write(&folded, "{}").unwrap();
+        for path in [&folded, &dir.path().join("absent.json")] {
+            let e = adapter_config(Some(path)).unwrap_err();
+            assert_eq!(e.exit_code(), 2);
+            let name = path.file_name().unwrap().to_str().unwrap();
+            assert!(
+                e.to_string().contains(name) && e.to_string().contains("--adapter-config"),
+                "{e}"
+            );
+        }
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use veiltune_engine::material::{FileSource, Label, Source};
+use veiltune_engine::material::{DealId, FileSource, Label, Source};
 use veiltune_engine::session::{MaterialFrom, PartySession, Plan, Report};
 use veiltune_engine::{Party, Result as EngineResult};
 use veiltune_wire::handshake::{Hello, handshake};
@@ -15,7 +15,7 @@ use veiltune_wire::{Identity, Link, Network, Options};
 
 use crate::events::{Event, Stage};
 use crate::program::{Batches, Classification};
-use crate::roles::{Config, Material, Role};
+use crate::roles::{Config, Material, Role, Tell};
 use crate::{Error, Result};
 
 /// Material of more bytes than this at either party is consumed as it comes.
@@ -29,9 +29,12 @@ pub fn overlaps(plan: &Plan) -> bool {
 }
 
 /// What a role has to agree on with the others, and its links to them.
-pub struct Job {
+pub struct Job<'a> {
     role: Role,
-    hello: Hello,
+    hello: Mutex<Hello>,
+    /// None: the others know the session already.
+    session: Option<Drawn>,
+    tell: Tell<'a>,
     credentials: Credentials,
     /// Between the parties.
     options: Options,
@@ -41,12 +44,21 @@ pub struct Job {
     links: Mutex<Vec<Arc<dyn Link>>>,
 }
 
-impl Job {
-    pub fn new<R>(role: Role, c: &Config<R>, program: &Classification) -> Result<Job> {
+/// A session that the dealer draws, so that two parties who do not have the same dealer never begin.
+#[derive(Clone, Copy)]
+enum Drawn {
+    /// Here.
+    Here([u8; 16]),
+    /// At the dealer, who tells when called.
+    There,
+}
+
+impl<'a> Job<'a> {
+    pub fn new<R>(role: Role, c: &Config<R>, program: &Classification, tell: Tell<'a>) -> Result<Job<'a>> {
         let plan = program.plan()?;
         let a = &c.adapter;
         let configuration = format!(
-            "classify {} images, {} a pass; width {}, {} tokens, scope {}, rank {}, {} heads, {} classes; network {}",
+            "classify {} images, {} a pass; width {}, {} tokens, scope {}, rank {}, {} heads, {} classes; network {}; {:?}",
             c.batches.images,
             c.batches.batch,
             a.hidden_size,
@@ -55,12 +67,26 @@ impl Job {
             a.rank,
             a.heads,
             a.labels.len(),
-            c.network
+            c.network,
+            c.comparison
+        );
+        let session = match (c.session, role) {
+            (Some(_), _) => None,
+            (None, Role::Dealer) => Some(Drawn::Here(new_session()?)),
+            (None, _) => Some(Drawn::There),
+        };
+        let hello = Hello::new(
+            c.session.unwrap_or_default(),
+            role.identity(),
+            plan.program,
+            configuration,
         );
         let wait = Duration::try_from_secs_f64(c.wait).map_err(|e| Error::Input(format!("wait: {e}")))?;
         Ok(Job {
             role,
-            hello: Hello::new(c.session, role.identity(), plan.program, configuration),
+            hello: Mutex::new(hello),
+            session,
+            tell,
             credentials: Credentials::load(&c.credentials, &role.identity())?,
             options: Options {
                 network: c.network,
@@ -83,18 +109,17 @@ impl Job {
         })
     }
 
-    /// Tells where this role can be called.
-    pub fn listen(&self) -> Result<Listener> {
+    /// Accepts calls at `address`, and tells where.
+    pub fn listen(&self, address: &str) -> Result<Listener> {
         // Callers come when they are ready, the client after it has run the backbone.
         let options = Options {
             connect: self.wait,
             ..self.options_with(Role::Client)
         };
-        let listener = Listener::bind("127.0.0.1:0", &self.credentials, &options)?;
-        Event::Listening {
+        let listener = Listener::bind(address, &self.credentials, &options)?;
+        (self.tell)(Event::Listening {
             address: listener.address(),
-        }
-        .emit();
+        });
         Ok(listener)
     }
 
@@ -163,7 +188,14 @@ impl Job {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .push(link.clone());
-        handshake(&link, &self.hello, &role.identity())?;
+        let hello = || self.hello.lock().unwrap_or_else(PoisonError::into_inner);
+        let mine = hello().clone();
+        handshake(&link, &mine, &role.identity())?;
+        match self.session {
+            Some(Drawn::Here(session)) => link.send(session.to_vec())?,
+            Some(Drawn::There) if role == Role::Dealer => link.recv(&mut hello().session)?,
+            _ => {}
+        }
         tracing::info!("agreed with {role:?}");
         Ok(link)
     }
@@ -200,12 +232,11 @@ impl Job {
     pub fn tell(&self, stage: Stage, passes: usize) {
         let images = self.batches.images;
         let done = passes.saturating_mul(self.batches.batch.get()).min(images);
-        Event::Progress {
+        (self.tell)(Event::Progress {
             stage,
             done,
             total: images,
-        }
-        .emit();
+        });
     }
 
     /// Adapter and head, between the two parties.
@@ -242,6 +273,14 @@ impl Job {
     }
 }
 
+/// A session that no other has.
+pub fn new_session() -> Result<[u8; 16]> {
+    let mut session = [0; 16];
+    getrandom::fill(&mut session)
+        .map_err(|e| Error::io("drawing a session number")(std::io::Error::other(e)))?;
+    Ok(session)
+}
+
 /// Material on its way in, and the bytes that were taken from a file so far.
 pub struct Supply {
     from: MaterialFrom,
@@ -258,5 +297,9 @@ impl Source for Counted {
     fn take(&mut self, buf: &mut [u8]) -> EngineResult<()> {
         self.taken.fetch_add(buf.len() as u64, Relaxed);
         self.source.take(buf)
+    }
+
+    fn deal(&self) -> DealId {
+        self.source.deal()
     }
 }

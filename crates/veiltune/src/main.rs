@@ -1,6 +1,7 @@
 //! The veiltune command line.
 
 mod bench;
+mod commands;
 mod crew;
 mod deal;
 mod demo;
@@ -8,6 +9,7 @@ mod error;
 mod events;
 mod inputs;
 mod job;
+mod planning;
 mod program;
 mod progress;
 mod report;
@@ -55,6 +57,25 @@ enum Command {
     /// Material depends on the adapter's public configuration and the number of images alone, so it can be made long before.
     /// Each file goes to its own party, in secret: whoever holds both can see everything. A run removes what it uses.
     Deal(deal::DealArgs),
+    /// Say what a run will cost, before anything runs
+    ///
+    /// Exact rounds and bytes, by operation, and estimated seconds on three networks with either comparison.
+    Plan(planning::PlanArgs),
+    /// Make the keys and certificates that three machines prove themselves with
+    Keys(commands::KeysArgs),
+    /// Deal randomness to one run of `serve` and `classify` on other machines, then end
+    ///
+    /// Start this first, then `serve`, then `classify`. Sees no image, no adapter and no result. All three must be given the same
+    /// number of images, --batch, --network and --comparison, and the configuration of the same adapter.
+    Dealer(commands::DealerArgs),
+    /// Serve a private adapter to one run of `classify` on another machine, then end
+    ///
+    /// Learns nothing of the images or of their labels.
+    Serve(commands::ServeArgs),
+    /// Classify images with an adapter that another machine serves
+    ///
+    /// The backbone runs here, in the clear. Only this machine learns the labels.
+    Classify(commands::ClassifyArgs),
     /// Measure single operations of the protocols
     #[command(subcommand)]
     Bench(Bench),
@@ -90,6 +111,11 @@ fn main() -> ExitCode {
     let (result, told) = match &command {
         Command::Demo(args) => (demo::run(args), false),
         Command::Deal(args) => (deal::run(args), false),
+        Command::Plan(args) => (planning::run(args), false),
+        Command::Keys(args) => (commands::keys(args), false),
+        Command::Dealer(args) => (commands::dealer(args), false),
+        Command::Serve(args) => (commands::serve(args), false),
+        Command::Classify(args) => (commands::classify(args), false),
         Command::Bench(Bench::Ops(args)) => (bench::ops::run(args).map_err(Error::from), false),
         Command::Bench(Bench::Adapter(args)) => (bench::adapter::run(args), false),
         // A role tells the process that started it.

@@ -3,12 +3,14 @@
 use std::num::NonZeroUsize;
 use std::ops::Range;
 
+use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
-use veiltune_engine::session::{Plan, Program, plan};
-use veiltune_engine::{Backend, Error as EngineError, Owner, Party, Plain, Revealed};
+use veiltune_engine::session::{Plan, Program, cheapest_comparison, plan};
+use veiltune_engine::{Backend, Comparison, Error as EngineError, Owner, Party, Plain, Revealed};
 use veiltune_hub::Tensors;
 use veiltune_nn::load::Backbone;
 use veiltune_nn::{Owc, OwcConfig, Vit, load};
+use veiltune_wire::Network;
 
 use crate::Result;
 
@@ -43,6 +45,29 @@ impl Batches {
     }
 }
 
+/// Which comparison a run shall use.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Compare {
+    /// The one that is sooner through the run's network.
+    #[default]
+    Auto,
+    /// Function secret sharing: fewer rounds, more bytes from the dealer.
+    Fss,
+    /// Masked bits: more rounds, fewer bytes from the dealer.
+    MaskedBits,
+}
+
+impl Compare {
+    /// For a run of `program` over `network`.
+    pub fn over(self, network: &Network, program: &Classification) -> Result<Comparison> {
+        match self {
+            Compare::Auto => Ok(cheapest_comparison(program, program.batches.passes(), network)?),
+            Compare::Fss => Ok(Comparison::Fss),
+            Compare::MaskedBits => Ok(Comparison::MaskedBits),
+        }
+    }
+}
+
 /// Adapter and head on hidden states; logits to the client.
 ///
 /// The same value serves every interpreter: with neither secret it deals and plans, with one it is a party's, with both it
@@ -52,6 +77,8 @@ pub struct Classification<'a> {
     pub config: &'a OwcConfig,
     /// Number of images, and of images a pass, public.
     pub batches: Batches,
+    /// How the parties compare numbers, public.
+    pub comparison: Comparison,
     /// The adapter's weights, at the provider.
     pub weights: Option<&'a Tensors>,
     /// Each image's hidden states, at the client.
@@ -59,11 +86,12 @@ pub struct Classification<'a> {
 }
 
 impl<'a> Classification<'a> {
-    /// What everybody knows of it.
+    /// What everybody knows of it, with the default comparison.
     pub fn public(config: &'a OwcConfig, batches: Batches) -> Self {
         Classification {
             config,
             batches,
+            comparison: Comparison::default(),
             weights: None,
             images: None,
         }
@@ -77,6 +105,10 @@ impl<'a> Classification<'a> {
 
 impl Program for Classification<'_> {
     type Model<B: Backend> = Owc<B>;
+
+    fn comparison(&self) -> Comparison {
+        self.comparison
+    }
 
     fn load<B: Backend>(&self, backend: &B) -> Result<Owc<B>, EngineError> {
         let owner = Owner::Party(PROVIDER);

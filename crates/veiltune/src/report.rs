@@ -3,6 +3,8 @@
 use std::io::{ErrorKind, Write};
 
 use serde::Serialize;
+use veiltune_engine::Comparison;
+use veiltune_engine::session::Plan;
 use veiltune_wire::Network;
 
 use crate::demo::Inputs;
@@ -38,6 +40,7 @@ pub struct Report {
     /// Images a pass.
     batch: usize,
     network: Network,
+    comparison: Comparison,
     #[serde(flatten)]
     counted: Counts,
     /// Whether the offline phase ran during the online phase, and its seconds are part of those.
@@ -50,21 +53,103 @@ pub struct Report {
     counted_by_provider: Counts,
 }
 
-/// What meters count and `Cost` predicts.
+/// What meters count and `Cost` predicts; of the dealer's bytes those to both parties, or to one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-struct Counts {
-    rounds: u64,
-    online_bytes: [u64; 2],
-    setup_bytes: [u64; 2],
-    dealer_bytes: [u64; 2],
+pub struct Counts<D = [u64; 2]> {
+    /// Sequential exchanges of the online phase.
+    pub rounds: u64,
+    /// Bytes of the online phase: client to provider, provider to client.
+    pub online_bytes: [u64; 2],
+    /// Bytes of the set-up, likewise.
+    pub setup_bytes: [u64; 2],
+    /// Bytes from the dealer.
+    pub dealer_bytes: D,
 }
 
+impl<D> Counts<D> {
+    /// What a party counted.
+    pub fn counted(by: &Measured, dealer_bytes: D) -> Counts<D> {
+        Counts {
+            rounds: by.rounds,
+            online_bytes: by.online_bytes,
+            setup_bytes: by.setup_bytes,
+            dealer_bytes,
+        }
+    }
+
+    /// What was planned; `dealer` picks of the bytes to both parties.
+    pub fn predicted(plan: &Plan, dealer: impl FnOnce([u64; 2]) -> D) -> Counts<D> {
+        let total = plan.tally.total();
+        Counts {
+            rounds: total.rounds,
+            online_bytes: total.online_bytes,
+            setup_bytes: plan.tally.setup_bytes,
+            dealer_bytes: dealer(total.dealer_bytes),
+        }
+    }
+}
+
+impl<D: PartialEq + std::fmt::Debug> Counts<D> {
+    /// An error unless `who` counted exactly this.
+    pub fn check(&self, who: &str, counted: &Counts<D>) -> Result<()> {
+        if counted == self {
+            return Ok(());
+        }
+        Err(Error::Mismatch(format!(
+            "the {who} counted {counted:?}, predicted were {self:?}"
+        )))
+    }
+}
+
+/// A row of a table of costs.
+type CostRow<'a, D> = (&'a str, fn(&Counts<D>) -> u64);
+
+/// What was counted beside what was predicted.
+pub fn cost_table<D>(counted: &Counts<D>, predicted: &Counts<D>, dealer: &[CostRow<D>]) -> String {
+    let common: [CostRow<D>; 5] = [
+        ("rounds", |c| c.rounds),
+        ("online bytes, client to provider", |c| c.online_bytes[0]),
+        ("online bytes, provider to client", |c| c.online_bytes[1]),
+        ("set-up bytes, client to provider", |c| c.setup_bytes[0]),
+        ("set-up bytes, provider to client", |c| c.setup_bytes[1]),
+    ];
+    let mut rows = vec![["", "counted", "predicted"].map(String::from)];
+    rows.extend(
+        common
+            .iter()
+            .chain(dealer)
+            .map(|(name, of)| [(*name).to_owned(), grouped(of(counted)), grouped(of(predicted))]),
+    );
+    aligned(&rows, &[1, 2])
+}
+
+/// Where the time of a party went.
 #[derive(Debug, Serialize)]
-struct Seconds {
+pub struct Seconds {
     backbone: f64,
     setup: f64,
     offline: f64,
     online: f64,
+}
+
+impl Seconds {
+    /// As `by` measured.
+    pub fn new(by: &Measured) -> Seconds {
+        Seconds {
+            backbone: by.backbone,
+            setup: by.setup,
+            offline: by.offline,
+            online: by.online,
+        }
+    }
+
+    /// For people.
+    pub fn line(&self) -> String {
+        format!(
+            "seconds: backbone {:.3}, set-up {:.3}, offline {:.3}, online {:.3}\n",
+            self.backbone, self.setup, self.offline, self.online
+        )
+    }
 }
 
 /// One image.
@@ -106,13 +191,7 @@ impl Report {
             });
         }
         let [client, provider] = private.measured;
-        let total = inputs.plan.tally.total();
-        let counted = |m: &Measured| Counts {
-            rounds: m.rounds,
-            online_bytes: m.online_bytes,
-            setup_bytes: m.setup_bytes,
-            dealer_bytes: [client.dealer_bytes, provider.dealer_bytes],
-        };
+        let dealer_bytes = [client.dealer_bytes, provider.dealer_bytes];
         Ok(Report {
             images: results.len(),
             agree: results.iter().filter(|r| r.label == r.plain_label).count(),
@@ -124,49 +203,25 @@ impl Report {
             max_logit_error: results.iter().map(|r| r.max_logit_error).fold(0.0, f64::max),
             batch: inputs.batches.batch.get(),
             network,
-            counted: counted(&client),
-            counted_by_provider: counted(&provider),
+            comparison: inputs.comparison,
+            counted: Counts::counted(&client, dealer_bytes),
+            counted_by_provider: Counts::counted(&provider, dealer_bytes),
             overlapped: overlaps(&inputs.plan),
-            seconds: Seconds {
-                backbone: client.backbone,
-                setup: client.setup,
-                offline: client.offline,
-                online: client.online,
-            },
-            predicted: Counts {
-                rounds: total.rounds,
-                online_bytes: total.online_bytes,
-                setup_bytes: inputs.plan.tally.setup_bytes,
-                dealer_bytes: total.dealer_bytes,
-            },
+            seconds: Seconds::new(&client),
+            predicted: Counts::predicted(&inputs.plan, |both| both),
             results,
         })
     }
 
     /// To standard output.
     pub fn print(&self, json: bool) -> Result<()> {
-        let text = match json {
-            true => serde_json::to_string(self).map_err(|e| Error::io("writing JSON")(e.into()))? + "\n",
-            false => self.table(),
-        };
-        match std::io::stdout().lock().write_all(text.as_bytes()) {
-            // Who stops reading has seen enough.
-            Err(e) if e.kind() == ErrorKind::BrokenPipe => Ok(()),
-            other => other.map_err(Error::io("writing the result")),
-        }
+        print(json, self, || self.table())
     }
 
     /// Both parties' meters must have counted exactly what was predicted.
     pub fn check(&self) -> Result<()> {
-        for (who, counted) in [("client", &self.counted), ("provider", &self.counted_by_provider)] {
-            if *counted != self.predicted {
-                return Err(Error::Mismatch(format!(
-                    "the {who} counted {counted:?}, predicted were {:?}",
-                    self.predicted
-                )));
-            }
-        }
-        Ok(())
+        self.predicted.check("client", &self.counted)?;
+        self.predicted.check("provider", &self.counted_by_provider)
     }
 
     fn table(&self) -> String {
@@ -201,39 +256,22 @@ impl Report {
             text += "the logits differ a lot: these pictures are not like those that the adapter was calibrated on\n";
         }
 
-        let counts = |name: &str, of: fn(&Counts) -> u64| {
-            [
-                name.to_owned(),
-                grouped(of(&self.counted)),
-                grouped(of(&self.predicted)),
-            ]
-        };
         text += &format!(
-            "\ncost (images: {}, images a pass: {}, network: {})\n",
-            self.images, self.batch, self.network
+            "\ncost (images: {}, images a pass: {}, network: {}, comparison: {})\n",
+            self.images,
+            self.batch,
+            self.network,
+            comparison_name(self.comparison)
         );
-        text += &aligned(
+        text += &cost_table(
+            &self.counted,
+            &self.predicted,
             &[
-                ["", "counted", "predicted"].map(String::from),
-                counts("rounds", |c| c.rounds),
-                counts("online bytes, client to provider", |c| c.online_bytes[0]),
-                counts("online bytes, provider to client", |c| c.online_bytes[1]),
-                counts("set-up bytes, client to provider", |c| c.setup_bytes[0]),
-                counts("set-up bytes, provider to client", |c| c.setup_bytes[1]),
-                counts("dealer bytes, to client", |c| c.dealer_bytes[0]),
-                counts("dealer bytes, to provider", |c| c.dealer_bytes[1]),
+                ("dealer bytes, to client", |c| c.dealer_bytes[0]),
+                ("dealer bytes, to provider", |c| c.dealer_bytes[1]),
             ],
-            &[1, 2],
         );
-        let Seconds {
-            backbone,
-            setup,
-            offline,
-            online,
-        } = self.seconds;
-        text += &format!(
-            "seconds: backbone {backbone:.3}, set-up {setup:.3}, offline {offline:.3}, online {online:.3}\n"
-        );
+        text += &self.seconds.line();
         if self.overlapped {
             text += "the offline phase ran during the online phase, because there is too much material to hold at once\n";
         }
@@ -241,8 +279,30 @@ impl Report {
     }
 }
 
+/// To standard output: one JSON object, or what people read.
+pub fn print(json: bool, value: &impl Serialize, text: impl FnOnce() -> String) -> Result<()> {
+    let text = match json {
+        true => serde_json::to_string(value).map_err(|e| Error::io("writing JSON")(e.into()))? + "\n",
+        false => text(),
+    };
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        // Who stops reading has seen enough.
+        Err(e) if e.kind() == ErrorKind::BrokenPipe => Ok(()),
+        other => other.map_err(Error::io("writing the result")),
+    }
+}
+
+/// As the option `--comparison` calls it.
+pub fn comparison_name(comparison: Comparison) -> &'static str {
+    match comparison {
+        Comparison::Fss => "fss",
+        Comparison::MaskedBits => "masked-bits",
+    }
+}
+
 /// Columns two spaces apart, those in `right` flush right.
-fn aligned<const N: usize>(rows: &[[String; N]], right: &[usize]) -> String {
+pub fn aligned<const N: usize>(rows: &[[String; N]], right: &[usize]) -> String {
     let width: [usize; N] =
         std::array::from_fn(|i| rows.iter().map(|row| row[i].chars().count()).max().unwrap_or(0));
     let line = |row: &[String; N]| {
@@ -256,7 +316,7 @@ fn aligned<const N: usize>(rows: &[[String; N]], right: &[usize]) -> String {
 }
 
 /// 1234567 as 1 234 567.
-fn grouped(n: u64) -> String {
+pub fn grouped(n: u64) -> String {
     let digits = n.to_string();
     let groups: Vec<&str> = digits
         .as_bytes()
@@ -288,6 +348,7 @@ mod tests {
                 max_logit_error: 0.0,
                 batch: 1,
                 network: Network::NONE,
+                comparison: Comparison::Fss,
                 counted: counts.clone(),
                 overlapped: false,
                 seconds: Seconds {

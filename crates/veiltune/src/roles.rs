@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use veiltune_engine::Plain;
 use veiltune_engine::session::serve_material;
+use veiltune_engine::{Comparison, Plain};
 use veiltune_hub::files;
 use veiltune_nn::{OwcConfig, load::Classifier};
 use veiltune_wire::{Identity, Network};
@@ -51,8 +51,8 @@ impl Role {
 /// What a role is told: what all of them agree on, and its own part.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Config<R> {
-    /// The session, the same at all roles.
-    pub session: [u8; 16],
+    /// The session, the same at all roles. None: the dealer draws it, and tells the others when they call.
+    pub session: Option<[u8; 16]>,
     /// Directory of this role's key and certificates.
     pub credentials: PathBuf,
     /// Emulated between client and provider.
@@ -61,10 +61,22 @@ pub struct Config<R> {
     pub wait: f64,
     /// Number of images, and of images a pass.
     pub batches: Batches,
+    /// How the parties compare numbers.
+    pub comparison: Comparison,
     /// Public configuration of the adapter, folded.
     pub adapter: OwcConfig,
     /// What only this role has.
     pub own: R,
+}
+
+impl<R> Config<R> {
+    /// What all roles know of the run.
+    pub fn program(&self) -> Classification<'_> {
+        Classification {
+            comparison: self.comparison,
+            ..Classification::public(&self.adapter, self.batches)
+        }
+    }
 }
 
 /// The client's part.
@@ -83,15 +95,20 @@ pub struct ClientConfig {
 /// The provider's part.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct ProviderConfig {
+    /// Where it accepts calls, HOST:PORT.
+    pub listen: String,
     /// Directory of the adapter; None for the embedded one.
     pub weights: Option<PathBuf>,
     /// Where material comes from.
     pub material: Material,
 }
 
-/// The dealer's part: nothing.
+/// The dealer's part.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct DealerConfig {}
+pub struct DealerConfig {
+    /// Where it accepts calls, HOST:PORT.
+    pub listen: String,
+}
 
 /// Where a party's material comes from.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -103,13 +120,17 @@ pub enum Material {
     File(PathBuf),
 }
 
-/// Plays `role` as the configuration file says, and tells how it ended.
+/// Who hears what a role has to tell.
+pub type Tell<'a> = &'a dyn Fn(Event);
+
+/// Plays `role` as the configuration file says, and tells the process that started it how it ended.
 pub fn run(role: Role, config: &Path) -> Result<()> {
     end_with_parent();
+    let emit = |event: Event| event.emit();
     let result = match role {
-        Role::Client => read(config).and_then(|c| client(&c)),
-        Role::Provider => read(config).and_then(|c| provider(&c)),
-        Role::Dealer => read(config).and_then(|c| dealer(&c)),
+        Role::Client => read(config).and_then(|c| client(&c, &emit)),
+        Role::Provider => read(config).and_then(|c| provider(&c, &emit)),
+        Role::Dealer => read(config).and_then(|c| dealer(&c, &emit)),
     };
     if let Err(e) = &result {
         let message = e.to_string().replace(['\n', '\r'], " ");
@@ -127,7 +148,8 @@ fn read<R: DeserializeOwned>(path: &Path) -> Result<Config<R>> {
     files::read_json(path).map_err(|e| Error::Input(format!("{e}; give a role's configuration file")))
 }
 
-fn client(c: &Config<ClientConfig>) -> Result<()> {
+/// Images in, labels out.
+pub fn client(c: &Config<ClientConfig>, tell: Tell) -> Result<()> {
     // image -> preprocess -> backbone, in the clear -> hidden states
     let pictures = c.own.pictures.clone().map_or(Pictures::Embedded, Pictures::Files);
     if pictures.len() != c.batches.images {
@@ -140,6 +162,7 @@ fn client(c: &Config<ClientConfig>) -> Result<()> {
             "{detail}; set all roles up for as many images as the client has"
         )));
     }
+    let job = Job::new(Role::Client, c, &c.program(), tell)?;
     let backbone = inputs::backbone(c.own.backbone.as_deref())?;
     inputs::check_fit(&backbone, &c.adapter)?;
     let vit = backbone.load(&Plain::new())?;
@@ -149,35 +172,38 @@ fn client(c: &Config<ClientConfig>) -> Result<()> {
         let start = Instant::now();
         images.push(hidden_states(&backbone, &vit, &pixels, c.adapter.scope)?);
         spent += start.elapsed();
-        Event::Progress {
+        tell(Event::Progress {
             stage: Stage::Backbone,
             done: i + 1,
             total: c.batches.images,
-        }
-        .emit();
+        });
     }
 
     // hidden states -> input of the session -> adapter and head -> reveal to the client -> label
     let program = Classification {
         images: Some(&images),
-        ..Classification::public(&c.adapter, c.batches)
+        ..c.program()
     };
-    let job = Job::new(Role::Client, c, &program)?;
     job.guard(|| {
         let dealer = job.call_dealer(&c.own.material)?;
         let provider = job.call(Role::Provider, &c.own.provider)?;
         let material = job.material(CLIENT, &c.own.material, dealer)?;
         let report = job.compute(CLIENT, provider, material, &program, |i, logits| {
             if let Some(result) = Classified::new(i, logits) {
-                Event::Classified(result).emit();
+                tell(Event::Classified(result));
             }
         })?;
-        Event::Finished(Measured::new(CLIENT, &report, spent.as_secs_f64())).emit();
+        tell(Event::Finished(Measured::new(
+            CLIENT,
+            &report,
+            spent.as_secs_f64(),
+        )));
         Ok(())
     })
 }
 
-fn provider(c: &Config<ProviderConfig>) -> Result<()> {
+/// The adapter in, nothing out.
+pub fn provider(c: &Config<ProviderConfig>, tell: Tell) -> Result<()> {
     let dir = c.own.weights.as_deref();
     let Classifier { config, weights } = inputs::classifier(dir)?;
     if config != c.adapter {
@@ -186,25 +212,26 @@ fn provider(c: &Config<ProviderConfig>) -> Result<()> {
     }
     let program = Classification {
         weights: Some(&weights),
-        ..Classification::public(&c.adapter, c.batches)
+        ..c.program()
     };
-    let job = Job::new(Role::Provider, c, &program)?;
+    let job = Job::new(Role::Provider, c, &program, tell)?;
     job.guard(|| {
-        let listener = job.listen()?;
+        let listener = job.listen(&c.own.listen)?;
         let dealer = job.call_dealer(&c.own.material)?;
         let [client] = job.meet(&listener, [Role::Client])?;
         let material = job.material(PROVIDER, &c.own.material, dealer)?;
         let report = job.compute(PROVIDER, client, material, &program, |_, _| {})?;
-        Event::Finished(Measured::new(PROVIDER, &report, 0.0)).emit();
+        tell(Event::Finished(Measured::new(PROVIDER, &report, 0.0)));
         Ok(())
     })
 }
 
-fn dealer(c: &Config<DealerConfig>) -> Result<()> {
-    let program = Classification::public(&c.adapter, c.batches);
-    let job = Job::new(Role::Dealer, c, &program)?;
+/// Randomness to both.
+pub fn dealer(c: &Config<DealerConfig>, tell: Tell) -> Result<()> {
+    let program = c.program();
+    let job = Job::new(Role::Dealer, c, &program, tell)?;
     job.guard(|| {
-        let links = job.meet(&job.listen()?, [Role::Client, Role::Provider])?;
+        let links = job.meet(&job.listen(&c.own.listen)?, [Role::Client, Role::Provider])?;
         serve_material(&program, c.batches.passes(), links.clone(), |passes| {
             job.tell(Stage::Offline, passes);
             // What nobody has taken yet stays within what the network and the parties hold.

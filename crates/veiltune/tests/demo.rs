@@ -166,7 +166,9 @@ fn material_from_files_serves_exactly_once() {
     };
     run(demo().args(&files)).explains(2, &["material.json", "veiltune deal"]);
 
-    let dealt = run(veiltune().args(["deal", "--images", "2", "--out"]).arg(&out));
+    let dealt = run(veiltune()
+        .args(["deal", "--images", "2", "--comparison", "fss", "--out"])
+        .arg(&out));
     assert!(dealt.status.success(), "{}", dealt.stderr);
     assert_eq!(dealt.stdout.lines().count(), 2);
     for line in dealt.stdout.lines() {
@@ -197,6 +199,8 @@ fn material_from_files_serves_exactly_once() {
     let report = run(demo().args(&files)).json();
     assert_eq!(report["agree"], 2);
     assert_eq!(report["dealer_bytes"], report["predicted"]["dealer_bytes"]);
+    // The material says how the parties compare, whatever is sooner.
+    assert_eq!(report["comparison"], "fss");
     run(demo().args(&files)).explains(2, &[".material", "exactly once"]);
 }
 

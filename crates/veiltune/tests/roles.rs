@@ -50,19 +50,24 @@ impl World {
             "network": "none",
             "wait": 60.0,
             "batches": {"images": 1, "batch": 1},
+            "comparison": "fss",
             "adapter": self.adapter,
             "own": own,
         })
     }
 
     fn dealer(&self) -> Player {
-        self.play("dealer", self.config("dealer", json!({})))
+        self.play("dealer", self.dealer_config())
+    }
+
+    fn dealer_config(&self) -> Value {
+        self.config("dealer", json!({"listen": "127.0.0.1:0"}))
     }
 
     fn provider_config(&self, dealer: &str) -> Value {
         self.config(
             "provider",
-            json!({"weights": null, "material": {"dealer": dealer}}),
+            json!({"listen": "127.0.0.1:0", "weights": null, "material": {"dealer": dealer}}),
         )
     }
 
@@ -178,7 +183,7 @@ fn strangers_are_sent_away_and_the_run_goes_on() {
 #[test]
 fn a_certificate_of_another_authority_is_not_trusted() {
     let world = World::new();
-    let mut config = world.config("dealer", json!({}));
+    let mut config = world.dealer_config();
     config["wait"] = 3.0.into();
     let dealer = world.play("dealer", config);
     let address = dealer.address();
@@ -212,6 +217,7 @@ fn roles_of_different_runs_tell_what_differs() {
         ("session", json!(vec![8; 16]), "session"),
         ("batches", json!({"images": 2, "batch": 1}), "program"),
         ("network", json!("lan"), "configured"),
+        ("comparison", json!("masked-bits"), "program"),
     ] {
         let world = World::new();
         let dealer = world.dealer();
@@ -221,6 +227,23 @@ fn roles_of_different_runs_tell_what_differs() {
         provider.end(PROMPTLY).explains(&["dealer", complaint]);
         dealer.end(PROMPTLY).explains(&["provider", complaint]);
     }
+}
+
+#[test]
+fn parties_of_different_dealers_never_begin() {
+    let world = World::new();
+    let drawn = |mut config: Value| {
+        config["session"] = Value::Null;
+        config
+    };
+    let dealers = [(); 2].map(|()| world.play("dealer", drawn(world.dealer_config())));
+    let [one, other] = [0, 1].map(|i: usize| dealers[i].address());
+    let provider = world.play("provider", drawn(world.provider_config(&one)));
+    let client = world.play("client", drawn(world.client_config(&provider.address(), &other)));
+    client.end(PROMPTLY).explains(&["provider is in session"]);
+    provider.end(PROMPTLY).explains(&["client is in session"]);
+    // Each dealer waited for its second party.
+    dealers.into_iter().for_each(end_with_input);
 }
 
 #[test]
@@ -250,7 +273,7 @@ fn a_configuration_that_cannot_be_used_is_named() {
         .play("client", config)
         .end(PROMPTLY)
         .explains(&["for 2 images, there are 1"]);
-    let mut config = world.config("dealer", json!({}));
+    let mut config = world.dealer_config();
     config["credentials"] = json!(world.dir.path().join("nobody"));
     world.play("dealer", config).end(PROMPTLY).explains(&["nobody"]);
 }
@@ -262,7 +285,7 @@ fn a_party_that_vanishes_is_missed() {
         (config["batches"]["images"], config["network"]) = (20.into(), "100:20000".into());
         config
     };
-    let dealer = world.play("dealer", slow(world.config("dealer", json!({}))));
+    let dealer = world.play("dealer", slow(world.dealer_config()));
     let dealer_at = dealer.address();
     let provider = world.play("provider", slow(world.provider_config(&dealer_at)));
     let mut config = slow(world.client_config(&provider.address(), &dealer_at));
@@ -286,7 +309,7 @@ fn a_dealer_that_vanishes_is_missed_by_both_parties() {
         config["batches"]["images"] = 600.into();
         config
     };
-    let mut dealer = world.play("dealer", long(world.config("dealer", json!({}))));
+    let mut dealer = world.play("dealer", long(world.dealer_config()));
     let dealer_at = dealer.address();
     let provider = world.play("provider", long(world.provider_config(&dealer_at)));
     let mut config = long(world.client_config(&provider.address(), &dealer_at));

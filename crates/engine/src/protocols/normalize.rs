@@ -1,6 +1,7 @@
 //! LayerNorm and RMSNorm over the last dimension, without the affine part, for a calibrated range of sigma.
 //!
-//! 1. LayerNorm: the mean of each row (one truncation a row, 1 round) is subtracted.
+//! 1. LayerNorm: the mean of each row (one truncation a row, 1 round) is subtracted. An input of more than 16
+//!    fractional bits is truncated in the same round, on the opening that both share.
 //! 2. The centred row is opened once (1 round); its square and its product with 1/sigma use that opening.
 //! 3. [1/sigma](super::inverse) from the sum of squares (3 rounds, one value a row) and the product (1 round).
 //!
@@ -10,7 +11,7 @@
 //! calibrated range.
 
 use crate::backend::{NormKind, NormSpec};
-use crate::gates::{Gates, Local, Product, SCALE};
+use crate::gates::{Gates, LIMIT_BITS, Local, Product, SCALE};
 use crate::lower::{at_most, last_dim, refine};
 use crate::{Error, Result};
 
@@ -25,14 +26,12 @@ pub fn normalize<G: Gates>(g: &G, x: &G::T, spec: &NormSpec) -> Result<G::T> {
             format!("sigma {low} ..= {high}: calibrate a positive range of ratio at most 1024"),
         ));
     }
-    let mut x = refine(g, &at_most(g, x, SCALE)?, SCALE)?;
-    let dim = last_dim(g, &x, "normalize")?;
-    let d = g.meta(&x).dims[dim].max(1) as f64;
-    if spec.kind == NormKind::Layer {
-        let sum = g.local(&x, &Local::Sum(dim))?;
-        let mean = mean(g, &sum, d)?;
-        x = g.sum_of(&x, &mean, true)?;
-    }
+    let dim = last_dim(g, x, "normalize")?;
+    let d = g.meta(x).dims[dim].max(1) as f64;
+    let x = match spec.kind {
+        NormKind::Layer => centred(g, x, dim, d)?,
+        NormKind::Rms => refine(g, &at_most(g, x, SCALE)?, SCALE)?,
+    };
     let square = g.product(Product::Elementwise, &x, &x)?;
     let sum = g.local(&square, &Local::Sum(dim))?;
     let eps = (spec.eps * d * 2f64.powi(2 * SCALE as i32)).round() as u64;
@@ -43,11 +42,25 @@ pub fn normalize<G: Gates>(g: &G, x: &G::T, spec: &NormSpec) -> Result<G::T> {
     g.product(Product::Elementwise, &x, &inverse)
 }
 
-/// sum / n, at the scale of the sum: one truncation.
-fn mean<G: Gates>(g: &G, sum: &G::T, n: f64) -> Result<G::T> {
+/// x less its rows' means, with [`SCALE`] fractional bits: one round.
+fn centred<G: Gates>(g: &G, x: &G::T, dim: usize, d: f64) -> Result<G::T> {
+    /// Fractional bits of 1/d.
     const BITS: u32 = 20;
-    let scale = g.meta(sum).scale;
-    let product = g.local(sum, &Local::Times((2f64.powi(BITS as i32) / n).round() as i64))?;
-    let product = g.local(&product, &Local::Relabel(scale + BITS))?;
-    Ok(g.truncate(&[(&product, BITS)], false)?.remove(0))
+    // The sum times 2^20 / d must stay below 2^62, for means below 2^8.
+    let x = refine(g, &at_most(g, x, LIMIT_BITS - BITS - 8)?, SCALE)?;
+    let scale = g.meta(&x).scale;
+    if scale > SCALE {
+        // What is computed from an opened value is open.
+        g.open(&[&x])?;
+    }
+    let sum = g.local(&x, &Local::Sum(dim))?;
+    let mean = g.local(&sum, &Local::Times((2f64.powi(BITS as i32) / d).round() as i64))?;
+    let mean = g.local(&mean, &Local::Relabel(scale + BITS))?;
+    let mean_bits = scale + BITS - SCALE;
+    if scale == SCALE {
+        let mean = g.truncate(&[(&mean, mean_bits)], false)?.remove(0);
+        return g.sum_of(&x, &mean, true);
+    }
+    let both = g.truncate(&[(&x, scale - SCALE), (&mean, mean_bits)], false)?;
+    g.sum_of(&both[0], &both[1], true)
 }

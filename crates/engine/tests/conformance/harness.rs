@@ -37,6 +37,7 @@ pub enum Op {
     ActivationOfProduct(Activation, Range),
     Softmax(SoftmaxSpec),
     Normalize(NormSpec),
+    NormalizeOfProduct(NormSpec),
     Views,
 }
 
@@ -159,6 +160,7 @@ impl OpProgram<'_> {
             }
             Op::Softmax(spec) => b.softmax(&xs[0], &spec)?,
             Op::Normalize(spec) => b.normalize(&xs[0], &spec)?,
+            Op::NormalizeOfProduct(spec) => b.normalize(&b.mul(&xs[0], &xs[1])?, &spec)?,
             Op::Views => {
                 let (x, y) = (&xs[0], &xs[1]);
                 b.prepare(&[x])?;

@@ -119,7 +119,10 @@ proptest! {
         let n = n + 12;
         let x = Case::input(a, &[rows, n], uniform(seed, size));
         let spec = NormSpec { kind, eps: 1e-6, sigma: (size / 16.0, size) };
-        check(Op::Normalize(spec), &[x], 2e-3)?;
+        check(Op::Normalize(spec), std::slice::from_ref(&x), 2e-3)?;
+        // Of 32 fractional bits, by a factor of one.
+        let one = Case::input(a, &[n], vec![1.0; n]);
+        check(Op::NormalizeOfProduct(spec), &[x, one], 2e-3)?;
     }
 
     #[test]

@@ -259,7 +259,7 @@ pub fn run<P: Program + Send + 'static>(
             Ended::Dealer(match seeds {
                 None => session::serve_material(&dealer, passes, dealer_links, |_| Ok(())),
                 Some(seeds) => {
-                    let sinks = dealer_links.map(|l| Box::new(LinkSink(l)) as Box<dyn Sink>);
+                    let sinks = dealer_links.map(|l| Box::new(LinkSink::new(l)) as Box<dyn Sink>);
                     session::deal(&dealer, passes, seeds, sinks, |_| Ok(()))
                 }
             })

@@ -45,9 +45,92 @@ pub struct AdapterArgs {
     /// Counted runs, after one that is not.
     #[arg(long, default_value_t = 5)]
     runs: usize,
-    /// One JSON object on standard output instead of a table.
+    /// The configurations that the CryptPEFT paper found for five data sets, each on the network that it was found for,
+    /// instead of one configuration.
+    #[arg(long, conflicts_with_all = ["heads", "rank", "scope", "classes", "batch", "network"])]
+    paper: bool,
+    /// JSON on standard output instead of a table: one object, or with --paper an array.
     #[arg(long)]
     json: bool,
+}
+
+/// One adapter on one network.
+struct Setting {
+    name: String,
+    heads: usize,
+    rank: usize,
+    scope: usize,
+    classes: usize,
+    batch: NonZeroUsize,
+    network: Network,
+}
+
+/// Data set, classes, and (h, r, s) for: WAN and LAN efficiency-first, WAN and LAN utility-first (CryptPEFT, section on
+/// the architectures found).
+type Found = (&'static str, usize, [(usize, usize, usize); 4]);
+const PAPER: [Found; 5] = [
+    (
+        "CIFAR-10",
+        10,
+        [(2, 120, 2), (4, 120, 1), (10, 180, 2), (1, 180, 2)],
+    ),
+    (
+        "CIFAR-100",
+        100,
+        [(1, 300, 1), (1, 240, 1), (2, 300, 2), (1, 300, 2)],
+    ),
+    (
+        "Food-101",
+        101,
+        [(4, 180, 1), (6, 180, 1), (12, 300, 1), (10, 300, 1)],
+    ),
+    (
+        "SVHN",
+        10,
+        [(12, 300, 1), (12, 60, 1), (12, 180, 3), (12, 120, 3)],
+    ),
+    (
+        "Flowers-102",
+        102,
+        [(1, 180, 1), (1, 120, 1), (1, 300, 1), (1, 300, 1)],
+    ),
+];
+
+fn settings(args: &AdapterArgs) -> Result<Vec<Setting>> {
+    if !args.paper {
+        return Ok(vec![Setting {
+            name: "as given".into(),
+            heads: args.heads,
+            rank: args.rank,
+            scope: args.scope,
+            classes: args.classes,
+            batch: args.batch,
+            network: args.network,
+        }]);
+    }
+    let network = |name: &str| name.parse::<Network>().map_err(Error::Wire);
+    let (wan, lan) = (network("wan")?, network("lan")?);
+    let goals = [
+        ("efficiency", wan),
+        ("efficiency", lan),
+        ("utility", wan),
+        ("utility", lan),
+    ];
+    let one = |(set, classes, found): Found| {
+        found
+            .into_iter()
+            .zip(goals)
+            .map(move |((heads, rank, scope), (goal, network))| Setting {
+                name: format!("{set}, {goal}"),
+                heads,
+                rank,
+                scope,
+                classes,
+                batch: NonZeroUsize::MIN,
+                network,
+            })
+    };
+    Ok(PAPER.into_iter().flat_map(one).collect())
 }
 
 /// Backbones by the shape of their hidden states.
@@ -70,6 +153,7 @@ impl Shape {
 
 #[derive(Serialize)]
 struct Report {
+    name: String,
     tokens: usize,
     width: usize,
     heads: usize,
@@ -95,10 +179,31 @@ pub fn run(args: &AdapterArgs) -> Result<()> {
     if args.runs == 0 || args.classes == 0 {
         return Err(Error::Input("--runs and --classes must be at least 1".into()));
     }
+    let mut reports = Vec::new();
+    for setting in settings(args)? {
+        let (report, cost) = measure(args, setting)?;
+        match (args.json, args.paper) {
+            (true, _) => {}
+            (false, true) => print_line(&report, reports.is_empty()),
+            (false, false) => print(&report, &cost),
+        }
+        reports.push(report);
+    }
+    if args.json {
+        let text = match &reports[..] {
+            [one] if !args.paper => serde_json::to_string_pretty(one),
+            all => serde_json::to_string_pretty(all),
+        };
+        println!("{}", text.map_err(|e| Error::Input(e.to_string()))?);
+    }
+    Ok(())
+}
+
+fn measure(args: &AdapterArgs, setting: Setting) -> Result<(Report, Tally)> {
     let (tokens, width) = args.backbone.tokens_and_width();
-    let config = config(args, tokens, width);
+    let config = config(&setting, tokens, width);
     let weights = random_weights(&config)?;
-    let images: Vec<Hidden> = (0..args.batch.get() as u64)
+    let images: Vec<Hidden> = (0..setting.batch.get() as u64)
         .map(|i| random_image(&config, i))
         .collect();
     let (config, expected) = calibrate(config, &weights, &images)?;
@@ -106,8 +211,8 @@ pub fn run(args: &AdapterArgs) -> Result<()> {
 
     // Every pass classifies the same images.
     let pass = Batches {
-        images: args.batch.get(),
-        batch: args.batch,
+        images: setting.batch.get(),
+        batch: setting.batch,
     };
     let public = Repeated(Classification::public(&config, pass));
     let client = Repeated(Classification {
@@ -123,7 +228,7 @@ pub fn run(args: &AdapterArgs) -> Result<()> {
         [&client, &provider, &public],
         &cost,
         args.runs,
-        args.network,
+        setting.network,
         [VecDeque::new(), VecDeque::new()],
     )?;
 
@@ -135,13 +240,14 @@ pub fn run(args: &AdapterArgs) -> Result<()> {
         .fold(0.0, f64::max);
     let total = cost.total();
     let report = Report {
+        name: setting.name,
         tokens,
         width,
-        heads: args.heads,
-        rank: args.rank,
-        scope: args.scope,
-        batch: args.batch.get(),
-        network: args.network.to_string(),
+        heads: setting.heads,
+        rank: setting.rank,
+        scope: setting.scope,
+        batch: setting.batch.get(),
+        network: setting.network.to_string(),
         rounds: total.rounds,
         online_bytes: total.online_bytes,
         dealer_bytes: total.dealer_bytes,
@@ -153,13 +259,39 @@ pub fn run(args: &AdapterArgs) -> Result<()> {
         max_logit_error,
         max_logit: expected.iter().fold(0.0, |m: f64, v| m.max(v.abs())),
     };
-    if args.json {
-        let text = serde_json::to_string_pretty(&report).map_err(|e| Error::Input(e.to_string()))?;
-        println!("{text}");
-    } else {
-        print(&report, &cost);
+    Ok((report, cost))
+}
+
+fn print_line(r: &Report, first: bool) {
+    if first {
+        println!(
+            "{:<24}{:>12}{:>20}{:>10}{:>8}{:>20}{:>20}{:>10}{:>10}{:>12}",
+            "configuration",
+            "(h, r, s)",
+            "network",
+            "online s",
+            "rounds",
+            "online MB each way",
+            "dealer MB to each",
+            "dealer s",
+            "prep s",
+            "logit error"
+        );
     }
-    Ok(())
+    let mb = |b: [u64; 2]| format!("{:.2} / {:.2}", b[0] as f64 / 1e6, b[1] as f64 / 1e6);
+    println!(
+        "{:<24}{:>12}{:>20}{:>10.4}{:>8}{:>20}{:>20}{:>10.4}{:>10.4}{:>12.1e}",
+        r.name,
+        format!("{}, {}, {}", r.heads, r.rank, r.scope),
+        r.network,
+        r.seconds.median,
+        r.rounds,
+        mb(r.online_bytes),
+        mb(r.dealer_bytes),
+        r.dealer_seconds,
+        r.offline_seconds,
+        r.max_logit_error
+    );
 }
 
 fn print(r: &Report, cost: &Tally) {
@@ -225,7 +357,7 @@ impl Program for Repeated<'_> {
     }
 }
 
-fn config(args: &AdapterArgs, tokens: usize, hidden_size: usize) -> OwcConfig {
+fn config(args: &Setting, tokens: usize, hidden_size: usize) -> OwcConfig {
     // Wide until calibrated.
     let norm = NormSpec {
         kind: NormKind::Layer,

@@ -7,7 +7,8 @@ use clap::Args;
 use serde::Serialize;
 use veiltune_engine::session::{self, Program};
 use veiltune_engine::{
-    Activation, Backend, Error, Fixed, NormKind, NormSpec, Owner, Party, Range, Result, Revealed, SoftmaxSpec,
+    Activation, Backend, Comparison, Error, Fixed, NormKind, NormSpec, Owner, Party, Range, Result, Revealed,
+    SoftmaxSpec,
 };
 use veiltune_ring::Ring;
 use veiltune_ring::prg::{Prg, Seed};
@@ -47,7 +48,7 @@ struct Operation {
 
 #[derive(Clone, Copy, PartialEq)]
 enum Verb {
-    Relu,
+    Relu(Comparison),
     Activation(Activation, Range),
     Softmax(SoftmaxSpec),
     Normalize(NormSpec),
@@ -75,7 +76,13 @@ fn operations() -> Vec<Operation> {
         size,
     };
     vec![
-        op("relu", Verb::Relu, &[1 << 20], 8.0),
+        op("relu", Verb::Relu(Comparison::Fss), &[1 << 20], 8.0),
+        op(
+            "relu, masked bits",
+            Verb::Relu(Comparison::MaskedBits),
+            &[1 << 20],
+            8.0,
+        ),
         op("gelu", within(Activation::Gelu, 6.4), &[128, 3072], 6.4),
         op(
             "gelu guarded",
@@ -180,13 +187,20 @@ impl Program for Inputs<'_> {
         self.run(b, weight)?;
         Ok(None)
     }
+
+    fn comparison(&self) -> Comparison {
+        match self.operation.verb {
+            Verb::Relu(comparison) => comparison,
+            _ => Comparison::default(),
+        }
+    }
 }
 
 impl Inputs<'_> {
     fn run<B: Backend>(&self, b: &B, weight: &Option<B::Weight>) -> Result<B::Tensor> {
         let x = b.input(Owner::Shared, &self.operation.dims, self.x.as_deref())?;
         match (self.operation.verb, weight, self.operation.second_dims()) {
-            (Verb::Relu, ..) => b.relu(&x),
+            (Verb::Relu(_), ..) => b.relu(&x),
             (Verb::Activation(f, range), ..) => b.activation(&x, f, range),
             (Verb::Softmax(spec), ..) => b.softmax(&x, &spec),
             (Verb::Normalize(spec), ..) => b.normalize(&x, &spec),
@@ -380,7 +394,7 @@ fn reference(inputs: &Inputs) -> Result<Vec<f64>> {
     let row = inputs.operation.dims.last().copied().unwrap_or(1);
     let by_row = |f: &dyn Fn(&[f64]) -> Vec<f64>| x.chunks(row).flat_map(f).collect();
     Ok(match inputs.operation.verb {
-        Verb::Relu => x.iter().map(|v| v.max(0.0)).collect(),
+        Verb::Relu(_) => x.iter().map(|v| v.max(0.0)).collect(),
         Verb::Activation(f, _) => x.iter().map(|v| f.exact(*v)).collect(),
         Verb::Softmax(_) => by_row(&|r| {
             let e: Vec<f64> = r.iter().map(|v| v.exp()).collect();
