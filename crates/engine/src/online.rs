@@ -209,24 +209,14 @@ impl Online {
             let sends = self.request(x, *learners, || self.fresh());
             any |= (sends[0] || sends[1]) && !x.0.meta.is_empty();
             if sends[me] {
-                let mask = self.mask(x);
-                let share = self.share(x);
-                self.send_words(64, x.0.meta.len(), |start, out| {
-                    for part in [&share, &mask].into_iter().flatten() {
-                        let part = &part.as_slice()[start..start + out.len()];
-                        out.iter_mut()
-                            .zip(part)
-                            .for_each(|(o, p)| *o = o.wrapping_add(*p));
-                    }
-                })?;
+                self.send_piece(x)?;
             }
             if sends[1 - me] {
                 incoming.push(x);
             }
         }
         for x in incoming {
-            let words = self.receive_words(64, x.0.meta.len())?;
-            x.0.cell.borrow_mut().peer = Some(Ring::new(x.0.meta.dims.clone(), words)?);
+            self.receive_piece(x)?;
         }
         if any {
             self.link.round();
@@ -242,6 +232,25 @@ impl Online {
             cell.mask = Some(Prg::new(&self.seed, id, 0).ring(x.0.meta.dims.clone()));
         }
         sends
+    }
+
+    /// Sends this party's share plus mask.
+    fn send_piece(&self, x: &Share) -> Result<()> {
+        let (mask, share) = (self.mask(x), self.share(x));
+        self.send_words(64, x.0.meta.len(), |start, out| {
+            for part in [&share, &mask].into_iter().flatten() {
+                let part = &part.as_slice()[start..start + out.len()];
+                out.iter_mut()
+                    .zip(part)
+                    .for_each(|(o, p)| *o = o.wrapping_add(*p));
+            }
+        })
+    }
+
+    fn receive_piece(&self, x: &Share) -> Result<()> {
+        let words = self.receive_words(64, x.0.meta.len())?;
+        x.0.cell.borrow_mut().peer = Some(Ring::new(x.0.meta.dims.clone(), words)?);
+        Ok(())
     }
 
     /// One round: both parties send `mine` modulo 2^bits and get the sum of both.
@@ -378,21 +387,11 @@ impl Gates for Online {
         if gates::opens_at_setup(owner, dims) {
             let sends = self.request(&x, BOTH, || id);
             let me = self.party.index();
-            let len = x.0.meta.len();
             if sends[me] {
-                let (mask, share) = (self.mask(&x), self.share(&x));
-                self.send_words(64, len, |start, out| {
-                    for part in [&share, &mask].into_iter().flatten() {
-                        let part = &part.as_slice()[start..start + out.len()];
-                        out.iter_mut()
-                            .zip(part)
-                            .for_each(|(o, p)| *o = o.wrapping_add(*p));
-                    }
-                })?;
+                self.send_piece(&x)?;
             }
             if sends[1 - me] {
-                let words = self.receive_words(64, len)?;
-                x.0.cell.borrow_mut().peer = Some(Ring::new(dims.to_vec(), words)?);
+                self.receive_piece(&x)?;
             }
             x.0.cell.borrow_mut().is_parameter = true;
             self.parameters.push(Some(self.masked(&x)?));
