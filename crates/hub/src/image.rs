@@ -29,15 +29,63 @@ pub struct Preprocess {
     pub image_std: Vec<f32>,
 }
 
+/// How a picture is scaled before the centre of [`Preprocess::size`] is cut out of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fit {
+    /// To which size.
+    pub resize: Resize,
+    /// How pixels are weighed. Either way more of them count the more a picture shrinks.
+    pub filter: Filter,
+}
+
+/// Size of a scaled picture, pixels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Resize {
+    /// Both sides.
+    Sides(usize),
+    /// The shorter side; the proportions stay.
+    Shorter(usize),
+}
+
+/// Weights of a pixel's neighbours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Filter {
+    /// Falling linearly.
+    Bilinear,
+    /// Catmull and Rom's cubic.
+    Bicubic,
+}
+
 impl Preprocess {
+    /// The scaling that the fields imply: bilinear, to the size of the input.
+    pub fn fit(&self) -> Fit {
+        Fit {
+            resize: match self.centre_crop {
+                true => Resize::Shorter(self.size),
+                false => Resize::Sides(self.size),
+            },
+            filter: Filter::Bilinear,
+        }
+    }
+
     /// Reads a PNG or JPEG file as `[channels, size, size]`, normalised.
     pub fn load(&self, path: &Path) -> Result<Vec<f32>> {
-        self.decode(&path.to_string_lossy(), &files::read(path, MAX_FILE)?)
+        self.load_fitted(path, self.fit())
+    }
+
+    /// As [`Preprocess::load`], scaled as `fit` says.
+    pub fn load_fitted(&self, path: &Path, fit: Fit) -> Result<Vec<f32>> {
+        self.decode_fitted(&path.to_string_lossy(), &files::read(path, MAX_FILE)?, fit)
     }
 
     /// As [`Preprocess::load`], from a file's content; `file` is its name in errors.
     pub fn decode(&self, file: &str, bytes: &[u8]) -> Result<Vec<f32>> {
-        self.check(file)?;
+        self.decode_fitted(file, bytes, self.fit())
+    }
+
+    /// As [`Preprocess::decode`], scaled as `fit` says.
+    pub fn decode_fitted(&self, file: &str, bytes: &[u8], fit: Fit) -> Result<Vec<f32>> {
+        self.check(file, fit)?;
         let bad = |e: image::ImageError| Error::corrupt(file, format!("not a usable PNG or JPEG image: {e}"));
         let mut reader = ImageReader::new(std::io::Cursor::new(bytes))
             .with_guessed_format()
@@ -47,11 +95,12 @@ impl Preprocess {
         limits.max_alloc = Some(MAX_MEMORY);
         reader.limits(limits);
         let picture = reader.decode().map_err(bad)?;
-        let fitted = self.fit(&picture);
-        Ok(match self.image_mean.len() {
-            1 => self.normalise(fitted.to_luma8().as_raw()),
-            _ => self.normalise(fitted.to_rgb8().as_raw()),
-        })
+        // Without its transparency, which would weigh the colours.
+        let picture = match self.image_mean.len() {
+            1 => DynamicImage::ImageLuma8(picture.to_luma8()),
+            _ => DynamicImage::ImageRgb8(picture.to_rgb8()),
+        };
+        Ok(self.normalise(self.cut(file, &picture, fit)?.as_bytes()))
     }
 
     /// Interleaved bytes of `size * size` pixels as normalised planes.
@@ -68,25 +117,47 @@ impl Preprocess {
         (0..channels).flat_map(plane).collect()
     }
 
-    fn fit(&self, picture: &DynamicImage) -> DynamicImage {
-        let size = self.size as u32;
-        match (picture.width(), picture.height()) {
-            (w, h) if w == size && h == size => picture.clone(),
-            _ if self.centre_crop => picture.resize_to_fill(size, size, FilterType::Triangle),
-            _ => picture.resize_exact(size, size, FilterType::Triangle),
+    fn cut(&self, file: &str, picture: &DynamicImage, fit: Fit) -> Result<DynamicImage> {
+        let (size, old) = (self.size as u32, (picture.width(), picture.height()));
+        let (width, height) = match fit.resize {
+            Resize::Sides(side) => (side as u32, side as u32),
+            Resize::Shorter(side) => {
+                let scaled =
+                    |length: u32| (side as u64 * length as u64 / old.0.min(old.1).max(1) as u64) as u32;
+                (scaled(old.0), scaled(old.1))
+            }
+        };
+        if width.max(height) > MAX_SIDE {
+            let detail = format!("{} x {} pixels are too narrow a picture", old.0, old.1);
+            return Err(Error::corrupt(file, detail));
         }
+        let filter = match fit.filter {
+            Filter::Bilinear => FilterType::Triangle,
+            Filter::Bicubic => FilterType::CatmullRom,
+        };
+        // Scaling to the same size would not change a pixel.
+        let scaled = match old == (width, height) {
+            true => picture.clone(),
+            false => picture.resize_exact(width, height, filter),
+        };
+        Ok(scaled.crop_imm((width - size) / 2, (height - size) / 2, size, size))
     }
 
-    fn check(&self, file: &str) -> Result<()> {
+    pub(crate) fn check(&self, file: &str, fit: Fit) -> Result<()> {
+        let (Resize::Sides(scaled) | Resize::Shorter(scaled)) = fit.resize;
         let channels = self.image_mean.len();
         let sound = matches!(channels, 1 | 3)
             && self.image_std.len() == channels
             && self.image_std.iter().all(|s| *s > 0.0)
-            && (1..=MAX_SIDE as usize).contains(&self.size);
+            && (1..=scaled).contains(&self.size)
+            && scaled <= MAX_SIDE as usize;
         if sound {
             Ok(())
         } else {
-            Err(Error::corrupt(file, format!("cannot be prepared as {self:?}")))
+            Err(Error::corrupt(
+                file,
+                format!("cannot be prepared as {self:?}, {fit:?}"),
+            ))
         }
     }
 }
@@ -166,6 +237,36 @@ mod tests {
             let x = p.decode("p", &wide).unwrap();
             assert_eq!(x.len(), 3 * 49);
             assert!(x.iter().all(|v| (v - 10.0 / 255.0).abs() < 1e-6));
+        }
+    }
+
+    #[test]
+    fn the_centre_is_cut_out_of_the_scaled_picture() {
+        // 8 x 4 pixels whose value is ten times their column.
+        let png = {
+            let row: Vec<u8> = (0..8).flat_map(|x| [10 * x; 3]).collect();
+            rgb_png(&row.repeat(4), 8, 4).unwrap()
+        };
+        let p = Preprocess {
+            image_mean: vec![0.0; 3],
+            image_std: vec![1.0 / 255.0; 3],
+            ..grey(2)
+        };
+        let columns = |resize| {
+            let filter = Filter::Bicubic;
+            let x = p.decode_fitted("p", &png, Fit { resize, filter }).unwrap();
+            x[..2].iter().map(|v| v.round() as i32).collect::<Vec<_>>()
+        };
+        assert_eq!(columns(Resize::Shorter(4)), [30, 40]);
+        assert_eq!(columns(Resize::Sides(4)), [25, 45], "pairs of columns");
+
+        let narrow = rgb_png(&[1; 3 * 8000], 8000, 1).unwrap();
+        for (png, resize) in [(&narrow, Resize::Shorter(2)), (&png, Resize::Shorter(1))] {
+            let fit = Fit {
+                resize,
+                filter: Filter::Bilinear,
+            };
+            assert!(p.decode_fitted("p", png, fit).is_err());
         }
     }
 

@@ -4,13 +4,15 @@
 //! error names the file.
 
 pub mod adapter;
+pub mod cache;
 mod error;
 pub mod files;
 pub mod idx;
 pub mod image;
+pub mod processor;
 pub mod safetensors;
 
 pub use adapter::AdapterConfig;
 pub use error::{Error, Result};
-pub use image::Preprocess;
+pub use image::{Fit, Preprocess};
 pub use safetensors::{Array, Checkpoint, Precision, Tensors};

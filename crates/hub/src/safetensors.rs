@@ -1,12 +1,12 @@
 //! Safetensors checkpoints, read tensor by tensor against stated shapes.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::Path;
 
 use half::{bf16, f16};
-use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorView};
+use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo, TensorView};
 
 use crate::{Error, Result, files};
 
@@ -41,13 +41,32 @@ pub enum Precision {
     F16,
 }
 
-/// A safetensors file. Holds the file's bytes; a tensor is converted when it is asked for.
+/// A safetensors file, or several that make one checkpoint. Holds the files' bytes; a tensor is converted when it is
+/// asked for.
 pub struct Checkpoint {
+    /// What was opened, for errors.
+    file: String,
+    parts: Vec<Part>,
+}
+
+/// One file.
+struct Part {
     file: String,
     bytes: Cow<'static, [u8]>,
     data: usize,
     index: Metadata,
 }
+
+/// `*.safetensors.index.json`: which file has which tensor.
+#[derive(serde::Deserialize)]
+struct Index {
+    weight_map: BTreeMap<String, String>,
+}
+
+/// Ends the name of a list of parts.
+const INDEX: &str = ".index.json";
+/// Most parts of a checkpoint.
+const MAX_PARTS: usize = 1024;
 
 impl fmt::Debug for Checkpoint {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
@@ -56,58 +75,73 @@ impl fmt::Debug for Checkpoint {
 }
 
 impl Checkpoint {
-    /// Reads a file.
+    /// Reads a file, or the files beside it that a `*.safetensors.index.json` lists.
     pub fn open(path: &Path) -> Result<Self> {
-        Self::from_bytes(path.to_string_lossy(), files::read(path, MAX_CHECKPOINT)?)
+        let file = path.to_string_lossy();
+        if !file.ends_with(INDEX) {
+            return Self::from_bytes(file, files::read(path, MAX_CHECKPOINT)?);
+        }
+        let index: Index = files::read_json(path)?;
+        let names: BTreeSet<String> = index.weight_map.into_values().collect();
+        if names.len() > MAX_PARTS {
+            return Err(Error::corrupt(file, format!("more than {MAX_PARTS} parts")));
+        }
+        let mut parts = Vec::with_capacity(names.len());
+        let mut left = MAX_CHECKPOINT;
+        for name in names {
+            // A list must not lead out of its folder.
+            if !name.ends_with(".safetensors") || name.contains(['/', '\\']) {
+                return Err(Error::corrupt(file, format!("{name:?} is no file beside it")));
+            }
+            let path = path.with_file_name(name);
+            let part = Part::new(path.to_string_lossy().into(), files::read(&path, left)?.into())?;
+            left -= part.bytes.len() as u64;
+            parts.push(part);
+        }
+        let file = file.into_owned();
+        Ok(Checkpoint { file, parts })
     }
 
     /// Takes a file's content, embedded for instance; `file` is its name in errors.
     pub fn from_bytes(file: impl Into<String>, bytes: impl Into<Cow<'static, [u8]>>) -> Result<Self> {
-        let (file, bytes) = (file.into(), bytes.into());
-        let (header, index) = SafeTensors::read_metadata(&bytes)
-            .map_err(|e| Error::corrupt(&file, format!("no safetensors file: {e}")))?;
-        Ok(Checkpoint {
-            file,
-            bytes,
-            data: header + 8,
-            index,
-        })
+        let file = file.into();
+        let parts = vec![Part::new(file.clone(), bytes.into())?];
+        Ok(Checkpoint { file, parts })
     }
 
     /// Names of all tensors, sorted.
     pub fn names(&self) -> Vec<String> {
-        let mut names = self.index.offset_keys();
-        names.sort();
-        names
+        let names = self.parts.iter().flat_map(|p| p.index.offset_keys());
+        names.collect::<BTreeSet<_>>().into_iter().collect()
     }
 
     /// Whether there is such a tensor.
     pub fn contains(&self, name: &str) -> bool {
-        self.index.info(name).is_some()
+        self.find(name).is_ok()
     }
 
     /// The tensor `name` in f32, from f32, f16 or bf16.
     ///
     /// Its shape must be `dims`; a convolution's `[out, c, h, w]` is also taken as the matrix `[out, c * h * w]`.
     pub fn tensor(&self, name: &str, dims: &[usize]) -> Result<Vec<f32>> {
-        let info = self.index.info(name).ok_or_else(|| self.missing(name))?;
+        let (part, info) = self.find(name)?;
         if info.shape != dims && matrix(&info.shape).as_deref() != Some(dims) {
             return Err(Error::Shape {
-                file: self.file.clone(),
+                file: part.file.clone(),
                 name: name.to_owned(),
                 found: info.shape.clone(),
                 expected: dims.to_vec(),
             });
         }
-        self.values(name)
+        part.values(name, info)
     }
 
     /// The tensor `name` in whatever shape it has.
     pub fn array(&self, name: &str) -> Result<Array> {
-        let info = self.index.info(name).ok_or_else(|| self.missing(name))?;
+        let (part, info) = self.find(name)?;
         Ok(Array {
             dims: info.shape.clone(),
-            values: self.values(name)?,
+            values: part.values(name, info)?,
         })
     }
 
@@ -119,8 +153,28 @@ impl Checkpoint {
             .collect()
     }
 
-    fn values(&self, name: &str) -> Result<Vec<f32>> {
-        let info = self.index.info(name).ok_or_else(|| self.missing(name))?;
+    fn find(&self, name: &str) -> Result<(&Part, &TensorInfo)> {
+        let found = self.parts.iter().find_map(|p| Some((p, p.index.info(name)?)));
+        found.ok_or_else(|| Error::Missing {
+            file: self.file.clone(),
+            name: name.to_owned(),
+        })
+    }
+}
+
+impl Part {
+    fn new(file: String, bytes: Cow<'static, [u8]>) -> Result<Self> {
+        let (header, index) = SafeTensors::read_metadata(&bytes)
+            .map_err(|e| Error::corrupt(&file, format!("no safetensors file: {e}")))?;
+        Ok(Part {
+            file,
+            bytes,
+            data: header + 8,
+            index,
+        })
+    }
+
+    fn values(&self, name: &str, info: &TensorInfo) -> Result<Vec<f32>> {
         let (start, end) = info.data_offsets;
         let raw = self
             .bytes
@@ -154,13 +208,6 @@ impl Checkpoint {
                 file: self.file.clone(),
                 name: name.to_owned(),
             })
-        }
-    }
-
-    fn missing(&self, name: &str) -> Error {
-        Error::Missing {
-            file: self.file.clone(),
-            name: name.to_owned(),
         }
     }
 }

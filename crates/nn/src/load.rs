@@ -4,10 +4,11 @@ use std::borrow::Cow;
 use std::path::Path;
 
 use veiltune_engine::{Backend, Error as EngineError, Owner, Params};
-use veiltune_hub::{AdapterConfig, Checkpoint, Preprocess, Tensors, adapter, files};
+use veiltune_hub::{AdapterConfig, Checkpoint, Tensors, adapter};
 
+use crate::Result;
+pub use crate::backbone::{Backbone, BackboneConfig};
 use crate::owc::{self, OwcConfig};
-use crate::{Result, VitConfig};
 
 /// Parameters from named arrays, as they are at their owner.
 pub fn params<'a, B: Backend>(b: &'a B, owner: Owner, tensors: &'a Tensors) -> Params<'a, B> {
@@ -55,76 +56,6 @@ pub fn inventory<B: Backend, M>(
     Ok(seen.into_inner())
 }
 
-/// A public backbone: its architecture, how it wants its input, and its weights.
-#[derive(Debug)]
-pub struct Backbone {
-    /// Architecture.
-    pub config: VitConfig,
-    /// How pictures are prepared.
-    pub preprocess: Preprocess,
-    /// Weights.
-    pub weights: Checkpoint,
-}
-
-/// `config.json` of a backbone: the architecture's fields and, in our own, the preparation of pictures.
-#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
-pub struct BackboneConfig {
-    /// Architecture.
-    #[serde(flatten)]
-    pub vit: VitConfig,
-    /// Absent in checkpoints of others, whose default it then is: scaled to the input size, mean and deviation 0.5.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub preprocess: Option<Preprocess>,
-}
-
-impl Backbone {
-    /// Reads `config.json` and `model.safetensors`, or `backbone.safetensors`, in `dir`.
-    pub fn open(dir: &Path) -> Result<Self> {
-        let config = files::read_json(&dir.join("config.json"))?;
-        let ours = dir.join("backbone.safetensors");
-        let path = if ours.exists() {
-            ours
-        } else {
-            dir.join("model.safetensors")
-        };
-        Self::new(config, Checkpoint::open(&path)?)
-    }
-
-    /// From embedded content.
-    pub fn from_bytes(config: &[u8], weights: impl Into<Cow<'static, [u8]>>) -> Result<Self> {
-        let config = files::parse_json("config.json", config)?;
-        Self::new(config, Checkpoint::from_bytes("backbone.safetensors", weights)?)
-    }
-
-    fn new(BackboneConfig { vit, preprocess }: BackboneConfig, weights: Checkpoint) -> Result<Self> {
-        vit.check()?;
-        let channels = vit.num_channels;
-        let preprocess = preprocess.unwrap_or_else(|| Preprocess {
-            size: vit.image_size,
-            centre_crop: false,
-            image_mean: vec![0.5; channels],
-            image_std: vec![0.5; channels],
-        });
-        if preprocess.size != vit.image_size || preprocess.image_mean.len() != channels {
-            return Err(crate::Error::Config(
-                "pictures are prepared for another input than the backbone's".into(),
-            ));
-        }
-        Ok(Backbone {
-            config: vit,
-            preprocess,
-            weights,
-        })
-    }
-
-    /// The encoder on some interpreter; its weights are public.
-    pub fn load<B: Backend>(&self, b: &B) -> Result<crate::Vit<B>> {
-        let params = checkpoint_params(b, Owner::Public, &self.weights);
-        let classified = self.weights.contains("vit.embeddings.cls_token");
-        crate::Vit::load(&if classified { params.pp("vit") } else { params }, &self.config)
-    }
-}
-
 /// A private classifier, in the folded form in which it is served.
 #[derive(Debug)]
 pub struct Classifier {
@@ -167,7 +98,7 @@ impl Classifier {
 #[cfg(test)]
 mod tests {
     use veiltune_engine::Plain;
-    use veiltune_hub::{Precision, safetensors};
+    use veiltune_hub::{Precision, files, safetensors};
 
     use super::*;
     use crate::testing::{owc_config, random, vit_config};

@@ -1,4 +1,5 @@
-//! Vision transformer (Dosovitskiy et al., 2021), with the configuration and parameter names of `google/vit-*`.
+//! Vision transformer (Dosovitskiy et al., 2021), with the configuration of `google/vit-*` and the parameter names of
+//! a [`Layout`](crate::layout::Layout).
 //!
 //! It serves as a public backbone, so its ranges are not calibrated: private interpreters refuse it.
 
@@ -6,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use veiltune_engine::{Activation, Backend, NormKind, NormSpec, Owner, Params, Range, Result, SoftmaxSpec};
 
 use crate::layers::{Linear, Norm, join_heads, split_heads};
+use crate::layout::{Names, Variant};
 use crate::{Error, Result as ModelResult};
 
 /// The fields of the model hub's `config.json` that matter; others are ignored.
@@ -57,12 +59,15 @@ fn yes() -> bool {
 pub enum HiddenAct {
     /// With the exact error function.
     Gelu,
+    /// x * sigmoid(1.702 x), an approximation of GELU that CLIP was trained with.
+    #[serde(rename = "quick_gelu")]
+    QuickGelu,
     /// max(x, 0).
     Relu,
 }
 
 impl VitConfig {
-    /// Patches and the class token.
+    /// Patches and the class token; a distilled model has one more.
     pub fn tokens(&self) -> usize {
         (self.image_size / self.patch_size).pow(2) + 1
     }
@@ -74,6 +79,23 @@ impl VitConfig {
 
     /// Refuses what no model has.
     pub fn check(&self) -> ModelResult<()> {
+        self.check_sizes()?;
+        if !self.hidden_size.is_multiple_of(self.num_attention_heads) {
+            return Err(Error::Config(
+                "hidden_size is no multiple of num_attention_heads".into(),
+            ));
+        }
+        if !self.image_size.is_multiple_of(self.patch_size) {
+            return Err(Error::Config("image_size is no multiple of patch_size".into()));
+        }
+        if self.tokens() > 1 << 16 {
+            return Err(Error::Config(format!("{} tokens are absurd", self.tokens())));
+        }
+        Ok(())
+    }
+
+    /// Refuses sizes that are zero or absurd.
+    pub(crate) fn check_sizes(&self) -> ModelResult<()> {
         let sizes = [
             self.hidden_size,
             self.num_hidden_layers,
@@ -86,14 +108,6 @@ impl VitConfig {
         if sizes.iter().any(|n| !(1..=1 << 16).contains(n)) {
             return Err(Error::Config(format!("a size of {self:?} is zero or absurd")));
         }
-        if !self.hidden_size.is_multiple_of(self.num_attention_heads) {
-            return Err(Error::Config(
-                "hidden_size is no multiple of num_attention_heads".into(),
-            ));
-        }
-        if !self.image_size.is_multiple_of(self.patch_size) {
-            return Err(Error::Config("image_size is no multiple of patch_size".into()));
-        }
         Ok(())
     }
 }
@@ -103,23 +117,38 @@ pub struct Vit<B: Backend> {
     config: VitConfig,
     patch: Linear<B>,
     class: B::Weight,
+    distillation: Option<B::Weight>,
     positions: B::Weight,
+    pre_norm: Option<Norm<B>>,
     blocks: Vec<Block<B>>,
+    final_norm: Option<Norm<B>>,
 }
 
 impl<B: Backend> Vit<B> {
-    /// `p` is at the level of `embeddings` and `encoder` (below `vit.` in a classification checkpoint).
+    /// A plain ViT. `p` is at the level of `embeddings` and `encoder` (below `vit.` in a classification checkpoint).
     pub fn load(p: &Params<B>, config: &VitConfig) -> ModelResult<Self> {
+        Self::load_variant(p, config, Variant::default())
+    }
+
+    /// With the names and parts of `variant`; `p` is at the level of `embeddings` and `encoder`.
+    pub fn load_variant(p: &Params<B>, config: &VitConfig, variant: Variant) -> ModelResult<Self> {
         config.check()?;
-        let (d, embeddings) = (config.hidden_size, p.pp("embeddings"));
-        let patch = embeddings.pp("patch_embeddings.projection");
+        let (d, names) = (config.hidden_size, variant.layout.names());
+        let spec = norm_spec(config);
+        let norm = |name| Norm::load(&p.pp(name), d, spec, true);
+        let ones = |count, dims: &[usize]| [&[1; 2][..count], dims].concat();
+        let tokens = config.tokens() + usize::from(variant.distilled);
+        let token = |name| p.get(name, &ones(names.leading.0, &[d]));
         Ok(Vit {
-            patch: Linear::load(&patch, config.patch_len(), d, true)?,
-            class: embeddings.get("cls_token", &[1, 1, d])?,
-            positions: embeddings.get("position_embeddings", &[1, config.tokens(), d])?,
+            patch: Linear::load(&p.pp(names.patch), config.patch_len(), d, names.patch_bias)?,
+            class: token(names.class)?,
+            distillation: variant.distilled.then(|| token(names.distillation)).transpose()?,
+            positions: p.get(names.positions, &ones(names.leading.1, &[tokens, d]))?,
+            pre_norm: names.pre_norm.map(norm).transpose()?,
             blocks: (0..config.num_hidden_layers)
-                .map(|i| Block::load(&p.pp("encoder.layer").pp(i), config))
+                .map(|i| Block::load(&p.pp(names.blocks).pp(i), config, names))
                 .collect::<Result<_>>()?,
+            final_norm: variant.final_norm.then(|| norm(names.final_norm)).transpose()?,
             config: config.clone(),
         })
     }
@@ -128,9 +157,31 @@ impl<B: Backend> Vit<B> {
     /// `[batch, tokens, d]`, the class token first.
     pub fn forward(&self, b: &B, images: &B::Tensor) -> Result<Vec<B::Tensor>> {
         let patches = self.patch.forward(b, &self.unfold(b, images)?)?;
-        let class = self.class_token(b, b.dims(&patches)[0])?;
-        let x = b.add_weight(&b.cat(&[&class, &patches], 1)?, &self.positions)?;
-        self.encode(b, x)
+        let batch = b.dims(&patches)[0];
+        let mut tokens = vec![self.class_token(b, batch)?];
+        if let Some(token) = &self.distillation {
+            tokens.push(self.repeat(b, batch, token)?);
+        }
+        tokens.push(patches);
+        let x = b.cat(&tokens.iter().collect::<Vec<_>>(), 1)?;
+        let x = b.add_weight(&x, &self.positions)?;
+        match &self.pre_norm {
+            Some(norm) => self.encode(b, norm.forward(b, &x)?),
+            None => self.encode(b, x),
+        }
+    }
+
+    /// The class token `[batch, 1, d]` of the last hidden state, after the checkpoint's final norm if it has one: what
+    /// its own classification head is given.
+    pub fn features(&self, b: &B, hidden: &[B::Tensor]) -> Result<B::Tensor> {
+        let last = hidden
+            .last()
+            .ok_or_else(|| veiltune_engine::Error::program("features", "no hidden state given"))?;
+        let class = b.narrow(last, 1, 0, 1)?;
+        match &self.final_norm {
+            Some(norm) => norm.forward(b, &class),
+            None => Ok(class),
+        }
     }
 
     /// Hidden states of tokens that are already embedded.
@@ -147,16 +198,20 @@ impl<B: Backend> Vit<B> {
         &self.patch
     }
 
-    /// Position embeddings `[1, tokens, d]`.
+    /// Position embeddings `[1, tokens, d]`; `[tokens, d]` in CLIP.
     pub fn positions(&self) -> &B::Weight {
         &self.positions
     }
 
     /// The class token of each picture, `[batch, 1, d]`, without its position.
     pub fn class_token(&self, b: &B, batch: usize) -> Result<B::Tensor> {
+        self.repeat(b, batch, &self.class)
+    }
+
+    fn repeat(&self, b: &B, batch: usize, token: &B::Weight) -> Result<B::Tensor> {
         let d = self.config.hidden_size;
         let zero = b.input(Owner::Public, &[batch, 1, d], Some(&vec![0.0; batch * d]))?;
-        b.add_weight(&zero, &self.class)
+        b.add_weight(&zero, token)
     }
 
     /// `[batch, c, size, size]` to patches `[batch, count, c * p * p]`: the convolution becomes a linear layer.
@@ -180,6 +235,17 @@ impl<B: Backend> Vit<B> {
     }
 }
 
+/// The factor within [`HiddenAct::QuickGelu`].
+const QUICK: f64 = 1.702;
+
+fn norm_spec(c: &VitConfig) -> NormSpec {
+    NormSpec {
+        kind: NormKind::Layer,
+        eps: c.layer_norm_eps,
+        sigma: (0.0, f64::INFINITY),
+    }
+}
+
 /// Pre-norm attention and MLP.
 struct Block<B: Backend> {
     norm1: Norm<B>,
@@ -196,26 +262,20 @@ struct Block<B: Backend> {
 }
 
 impl<B: Backend> Block<B> {
-    fn load(p: &Params<B>, c: &VitConfig) -> Result<Self> {
-        let d = c.hidden_size;
-        let spec = NormSpec {
-            kind: NormKind::Layer,
-            eps: c.layer_norm_eps,
-            sigma: (0.0, f64::INFINITY),
-        };
-        let attention = p.pp("attention.attention");
-        let qkv = |name| Linear::load(&attention.pp(name), d, d, c.qkv_bias);
-        let scale = |name| c.layer_scale.then(|| p.pp(name).get("lambda1", &[d])).transpose();
+    fn load(p: &Params<B>, c: &VitConfig, names: &Names) -> Result<Self> {
+        let (d, spec) = (c.hidden_size, norm_spec(c));
+        let qkv = |i: usize| Linear::load(&p.pp(names.qkv[i]), d, d, c.qkv_bias);
+        let scale = |name| c.layer_scale.then(|| p.get(name, &[d])).transpose();
         Ok(Block {
-            norm1: Norm::load(&p.pp("layernorm_before"), d, spec, true)?,
-            qkv: [qkv("query")?, qkv("key")?, qkv("value")?],
-            out: Linear::load(&p.pp("attention.output.dense"), d, d, true)?,
-            scale1: scale("layer_scale1")?,
-            norm2: Norm::load(&p.pp("layernorm_after"), d, spec, true)?,
-            fc1: Linear::load(&p.pp("intermediate.dense"), d, c.intermediate_size, true)?,
+            norm1: Norm::load(&p.pp(names.norm1), d, spec, true)?,
+            qkv: [qkv(0)?, qkv(1)?, qkv(2)?],
+            out: Linear::load(&p.pp(names.out), d, d, true)?,
+            scale1: scale(names.scale1)?,
+            norm2: Norm::load(&p.pp(names.norm2), d, spec, true)?,
+            fc1: Linear::load(&p.pp(names.fc1), d, c.intermediate_size, true)?,
             act: c.hidden_act,
-            fc2: Linear::load(&p.pp("output.dense"), c.intermediate_size, d, true)?,
-            scale2: scale("layer_scale2")?,
+            fc2: Linear::load(&p.pp(names.fc2), c.intermediate_size, d, true)?,
+            scale2: scale(names.scale2)?,
             heads: c.num_attention_heads,
             width: d / c.num_attention_heads,
         })
@@ -226,6 +286,10 @@ impl<B: Backend> Block<B> {
         let y = self.fc1.forward(b, &self.norm2.forward(b, &x)?)?;
         let y = match self.act {
             HiddenAct::Gelu => b.activation(&y, Activation::Gelu, Range::Exact)?,
+            HiddenAct::QuickGelu => {
+                let y = b.activation(&b.scale(&y, QUICK)?, Activation::Silu, Range::Exact)?;
+                b.scale(&y, 1.0 / QUICK)?
+            }
             HiddenAct::Relu => b.relu(&y)?,
         };
         self.branch(b, &x, self.fc2.forward(b, &y)?, &self.scale2)
@@ -361,7 +425,11 @@ mod tests {
     #[test]
     fn every_block_gives_a_state_and_pictures_do_not_mix() {
         let b = Plain::new();
-        for (act, layer_scale) in [(HiddenAct::Gelu, true), (HiddenAct::Relu, false)] {
+        for (act, layer_scale) in [
+            (HiddenAct::Gelu, true),
+            (HiddenAct::QuickGelu, false),
+            (HiddenAct::Relu, false),
+        ] {
             let config = VitConfig {
                 hidden_act: act,
                 layer_scale,
