@@ -111,7 +111,7 @@ impl Inputs {
         let classifier = inputs::classifier(args.adapter.as_deref())?;
         inputs::check_fit(&backbone, &classifier.config)?;
         let truth = pictures.true_classes(&classifier.config.labels)?;
-        (0..pictures.len()).try_for_each(|i| pictures.load(i, &backbone.preprocess).map(drop))?;
+        (0..pictures.len()).try_for_each(|i| pictures.load(i, &backbone).map(drop))?;
         let manifest = args.material.as_deref().map(Manifest::open).transpose()?;
         let batch = manifest
             .as_ref()
@@ -204,7 +204,7 @@ fn run_plainly(inputs: &Inputs, crew: &Crew, progress: &Progress) -> Result<Vec<
     let mut results = Vec::with_capacity(pictures.len());
     for i in 0..pictures.len() {
         crew.check()?;
-        let pixels = pictures.load(i, &backbone.preprocess)?;
+        let pixels = pictures.load(i, backbone)?;
         let image = [hidden_states(backbone, &vit, &pixels, config.scope)?];
         let batches = Batches {
             images: 1,

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use veiltune_hub::{AdapterConfig, Preprocess, files};
+use veiltune_hub::{AdapterConfig, files};
 use veiltune_nn::load::{Backbone, Classifier};
 use veiltune_nn::{OwcConfig, owc};
 
@@ -81,10 +81,10 @@ impl Pictures {
     }
 
     /// Picture `i` as the backbone wants it.
-    pub fn load(&self, i: usize, preprocess: &Preprocess) -> Result<Vec<f32>> {
+    pub fn load(&self, i: usize, backbone: &Backbone) -> Result<Vec<f32>> {
         let read = match self {
-            Pictures::Embedded => preprocess.decode(PICTURES[i].0, PICTURES[i].1),
-            Pictures::Files(paths) => preprocess.load(&paths[i]),
+            Pictures::Embedded => backbone.decode(PICTURES[i].0, PICTURES[i].1),
+            Pictures::Files(paths) => backbone.picture(&paths[i]),
         };
         read.map_err(|e| Error::Input(format!("{e}; give readable PNG or JPEG files")))
     }
@@ -224,7 +224,7 @@ fn placed(e: impl std::fmt::Display, place: &str) -> String {
 /// Refuses an adapter that was not trained for this backbone.
 pub fn check_fit(backbone: &Backbone, adapter: &OwcConfig) -> Result<()> {
     let b = &backbone.config;
-    if (adapter.hidden_size, adapter.tokens) != (b.hidden_size, b.tokens())
+    if (adapter.hidden_size, adapter.tokens) != (b.hidden_size, backbone.tokens())
         || adapter.scope > b.num_hidden_layers
     {
         return Err(Error::Input(format!(
@@ -234,7 +234,7 @@ pub fn check_fit(backbone: &Backbone, adapter: &OwcConfig) -> Result<()> {
             adapter.tokens,
             adapter.scope,
             b.hidden_size,
-            b.tokens(),
+            backbone.tokens(),
             b.num_hidden_layers
         )));
     }

@@ -168,7 +168,7 @@ pub fn client(c: &Config<ClientConfig>, tell: Tell) -> Result<()> {
     let vit = backbone.load(&Plain::new())?;
     let (mut images, mut spent) = (Vec::new(), Duration::ZERO);
     for i in 0..c.batches.images {
-        let pixels = pictures.load(i, &backbone.preprocess)?;
+        let pixels = pictures.load(i, &backbone)?;
         let start = Instant::now();
         images.push(hidden_states(&backbone, &vit, &pixels, c.adapter.scope)?);
         spent += start.elapsed();
