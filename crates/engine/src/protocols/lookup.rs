@@ -1,7 +1,7 @@
 //! Table lookup: T\[x\] for an integer x in 0..2^b and public tables T.
 //!
 //! Open c = x + t mod 2^b; a distributed point function at -t gives shares of a one-hot vector which, rotated by c,
-//! selects T\[x\]. (Boyle, Gilboa, Ishai 2016; Vadapalli et al. 2022 for tables.) One round, b bits an element each way;
+//! selects T\[x\]. (Boyle, Gilboa, Ishai 2016; Wagh 2022 for tables.) One round, b bits an element each way;
 //! dealer: a table key of b bits an element to both. Exact. Any number of tables shares one key. 2^b multiply-adds an
 //! element and table.
 
