@@ -20,7 +20,7 @@ use crate::events::{Classified, Event, Measured};
 use crate::inputs::{self, Pictures};
 use crate::program::{Batches, CLIENT, Classification, Compare};
 use crate::progress::Progress;
-use crate::report::{Counts, Seconds, aligned, comparison_name, cost_table, grouped, print};
+use crate::report::{Counts, Seconds, aligned, cost_heading, cost_table, grouped, print};
 use crate::roles::{self, ClientConfig, Config, DealerConfig, Material, ProviderConfig, Role, Tell};
 use crate::{Error, Result};
 
@@ -271,13 +271,7 @@ impl Answer {
             ]
         }));
         let mut text = aligned(&rows, &[2]);
-        text += &format!(
-            "\ncost (images: {}, images a pass: {}, network: {}, comparison: {})\n",
-            self.images,
-            self.batch,
-            self.network,
-            comparison_name(self.comparison)
-        );
+        text += &cost_heading(self.images, self.batch, &self.network, self.comparison);
         text += &cost_table(
             &self.counted,
             &self.predicted,

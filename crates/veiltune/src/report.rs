@@ -101,6 +101,14 @@ impl<D: PartialEq + std::fmt::Debug> Counts<D> {
     }
 }
 
+/// What a table of costs is of.
+pub fn cost_heading(images: usize, batch: usize, network: &Network, comparison: Comparison) -> String {
+    let comparison = comparison_name(comparison);
+    format!(
+        "\ncost (images: {images}, images a pass: {batch}, network: {network}, comparison: {comparison})\n"
+    )
+}
+
 /// A row of a table of costs.
 type CostRow<'a, D> = (&'a str, fn(&Counts<D>) -> u64);
 
@@ -256,13 +264,7 @@ impl Report {
             text += "the logits differ a lot: these pictures are not like those that the adapter was calibrated on\n";
         }
 
-        text += &format!(
-            "\ncost (images: {}, images a pass: {}, network: {}, comparison: {})\n",
-            self.images,
-            self.batch,
-            self.network,
-            comparison_name(self.comparison)
-        );
+        text += &cost_heading(self.images, self.batch, &self.network, self.comparison);
         text += &cost_table(
             &self.counted,
             &self.predicted,

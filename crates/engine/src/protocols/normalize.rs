@@ -5,10 +5,9 @@
 //! 2. The centred row is opened once (1 round); its square and its product with 1/sigma use that opening.
 //! 3. [1/sigma](super::inverse) from the sum of squares (3 rounds, one value a row) and the product (1 round).
 //!
-//! 6 rounds (RMSNorm 5). Each way 8 bytes an element and about 50 a row; dealer 16 bytes an element to the
-//! second party and some 1 KB a row to both. The
-//! result has 30 to 34 fractional bits and feeds a linear layer as it is. Relative error at most 2e-4 within the
-//! calibrated range.
+//! 6 rounds (RMSNorm 5). Each way 8 bytes an element and about 50 a row; dealer 16 bytes an element to the second party
+//! and some 1 KB a row to both. The result has 30 to 40 fractional bits; up to 34, which is sigma up to 16, it feeds a
+//! linear layer as it is. Relative error at most 2e-4 within the calibrated range.
 
 use crate::backend::{NormKind, NormSpec};
 use crate::gates::{Gates, LIMIT_BITS, Local, Product, SCALE};
