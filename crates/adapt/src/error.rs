@@ -1,5 +1,7 @@
 //! What can go wrong in training.
 
+use std::path::{Path, PathBuf};
+
 use thiserror::Error;
 
 /// The result of a training step.
@@ -15,6 +17,30 @@ pub enum Error {
     /// The loss is no longer finite.
     #[error("training diverged: the loss is {0}; lower the learning rate")]
     Diverged(f32),
+    /// It was asked to stop. What is done is kept; the same call goes on from there.
+    #[error("interrupted; the same command goes on from here")]
+    Interrupted,
+    /// Hidden states would not fit on the disk.
+    #[error("{}: hidden states need {:.2} GB more, {:.2} GB are free; free some, or take fewer views", dir.display(), gb(*needed), gb(*free))]
+    NoSpace {
+        /// The cache.
+        dir: PathBuf,
+        /// Bytes.
+        needed: u64,
+        /// Bytes.
+        free: u64,
+    },
+    /// The disk is full.
+    #[error("{}: the disk is full; what is whole is kept: free some space and run the same command again", .0.display())]
+    DiskFull(PathBuf),
+    /// The operating system refused.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
     /// The model refused.
     #[error(transparent)]
     Model(#[from] veiltune_nn::Error),
@@ -27,4 +53,17 @@ pub enum Error {
     /// Tensor arithmetic failed.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
+}
+
+fn gb(bytes: u64) -> f64 {
+    bytes as f64 / 1e9
+}
+
+impl Error {
+    pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Self + '_ {
+        |source| Error::Io {
+            path: path.to_owned(),
+            source,
+        }
+    }
 }

@@ -3,15 +3,20 @@
 //! Backbones are pretrained on a public task; adapters are trained on a frozen backbone's hidden states through the very
 //! forward pass that later runs privately, and their norms are calibrated on the training data.
 
-pub mod adapter;
+pub mod cache;
+mod checkpoint;
 pub mod data;
 mod error;
+pub mod evaluate;
 pub mod optim;
+mod plot;
 pub mod pretrain;
-pub mod probe;
+pub mod search;
 #[cfg(test)]
 mod testing;
+pub mod train;
 pub mod variables;
+pub mod workers;
 
 pub use error::{Error, Result};
 pub use variables::Variables;

@@ -1,12 +1,16 @@
 //! Gradient descent: SGD with momentum, AdamW, a cosine schedule, and gradients over several threads.
 
 use candle_core::{Device, Tensor, Var};
+use serde::{Deserialize, Serialize};
+use veiltune_hub::Array;
 
+use crate::workers::Workers;
 use crate::{Error, Result, Variables};
 
 /// Which update.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Method {
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Rule {
     /// Stochastic gradient descent; weight decay is part of the gradient.
     Sgd {
         /// Share of the last step that is kept.
@@ -19,9 +23,19 @@ pub enum Method {
     },
 }
 
+impl Rule {
+    /// Running averages that it keeps of each variable.
+    fn moments(self) -> usize {
+        match self {
+            Rule::Sgd { .. } => 1,
+            Rule::AdamW { .. } => 2,
+        }
+    }
+}
+
 /// An optimiser and its state. Weight decay applies to matrices alone, not to biases, gains and embeddings.
 pub struct Optimizer {
-    method: Method,
+    rule: Rule,
     decay: f32,
     clip: f32,
     state: Vec<[Vec<f32>; 2]>,
@@ -30,15 +44,49 @@ pub struct Optimizer {
 
 impl Optimizer {
     /// `clip` bounds the norm of the whole gradient.
-    pub fn new(method: Method, decay: f32, clip: f32, vars: &Variables) -> Self {
+    pub fn new(rule: Rule, decay: f32, clip: f32, vars: &Variables) -> Self {
         let zeros = |v: &&Var| [vec![0.0; v.elem_count()], vec![0.0; v.elem_count()]];
         Optimizer {
-            method,
+            rule,
             decay,
             clip,
             state: vars.vars().iter().map(zeros).collect(),
             steps: 0,
         }
+    }
+
+    /// The moments that the rule keeps: number, name of the variable, values.
+    pub fn moments(&self, vars: &Variables) -> Vec<(usize, String, Array)> {
+        let mut all = Vec::new();
+        for ((name, var), state) in vars.names().zip(vars.vars()).zip(&self.state) {
+            for (i, values) in state.iter().enumerate().take(self.rule.moments()) {
+                let (dims, values) = (var.dims().to_vec(), values.clone());
+                all.push((i, name.clone(), Array { dims, values }));
+            }
+        }
+        all
+    }
+
+    /// Goes on after `steps` steps with these moments.
+    pub fn restore<'a>(
+        &mut self,
+        vars: &Variables,
+        steps: i32,
+        moments: impl Fn(usize, &str) -> Result<&'a Array>,
+    ) -> Result<()> {
+        self.steps = steps;
+        for (name, state) in vars.names().zip(&mut self.state) {
+            for (i, values) in state.iter_mut().enumerate().take(self.rule.moments()) {
+                let saved = moments(i, name)?;
+                if saved.values.len() != values.len() {
+                    return Err(Error::Settings(format!(
+                        "the saved state of {name} has another size"
+                    )));
+                }
+                values.copy_from_slice(&saved.values);
+            }
+        }
+        Ok(())
     }
 
     /// Applies gradients, given in the order of [`Variables::vars`], at the learning rate `rate`.
@@ -51,12 +99,12 @@ impl Optimizer {
             let mut w: Vec<f32> = var.as_tensor().flatten_all()?.to_vec1()?;
             for (((w, g), m), v) in w.iter_mut().zip(grad).zip(m).zip(v) {
                 let g = g * shrink;
-                match self.method {
-                    Method::Sgd { momentum } => {
+                match self.rule {
+                    Rule::Sgd { momentum } => {
                         *m = momentum * *m + g + decay * *w;
                         *w -= rate * *m;
                     }
-                    Method::AdamW { betas: (b1, b2) } => {
+                    Rule::AdamW { betas: (b1, b2) } => {
                         *m = b1 * *m + (1.0 - b1) * g;
                         *v = b2 * *v + (1.0 - b2) * g * g;
                         let (m, v) = (*m / (1.0 - b1.powi(self.steps)), *v / (1.0 - b2.powi(self.steps)));
@@ -79,55 +127,43 @@ pub fn cosine(peak: f32, step: usize, steps: usize, warm: usize) -> f32 {
     peak * 0.5 * (1.0 + (std::f32::consts::PI * done.min(1.0)).cos())
 }
 
-/// Mean loss and gradient of `loss` over `shards`, a thread each. Shards weigh the same.
-pub fn gradients<S: Send>(
+/// Mean loss and gradient over `pieces`, of which each counts with its weight; the weights sum to one. `loss` also gives
+/// something of its own, which comes back in the order of the pieces.
+pub fn gradients<S: Sync, T: Send>(
+    workers: &Workers,
     vars: &Variables,
-    shards: Vec<S>,
-    loss: impl Fn(S) -> Result<Tensor> + Sync,
-) -> Result<(f32, Vec<Vec<f32>>)> {
-    let count = shards.len() as f32;
-    let work = |shard| -> Result<(f32, Vec<Vec<f32>>)> {
-        let loss = loss(shard)?;
+    pieces: &[S],
+    weights: &[f32],
+    loss: impl Fn(&S) -> Result<(Tensor, T)> + Sync,
+) -> Result<(f32, Vec<Vec<f32>>, Vec<T>)> {
+    let results = workers.map(pieces, |piece| -> Result<(f32, Vec<Vec<f32>>, T)> {
+        let (loss, extra) = loss(piece)?;
         let store = loss.backward()?;
         let grad = |var: &Var| match store.get(var.as_tensor()) {
             Some(g) => g.flatten_all()?.to_vec1(),
             None => Ok(vec![0.0; var.elem_count()]),
         };
+        let grads = vars.vars().into_iter().map(grad);
         Ok((
             loss.to_scalar()?,
-            vars.vars()
-                .into_iter()
-                .map(grad)
-                .collect::<candle_core::Result<_>>()?,
+            grads.collect::<candle_core::Result<_>>()?,
+            extra,
         ))
-    };
-    let results: Vec<_> = std::thread::scope(|scope| {
-        let workers: Vec<_> = shards
-            .into_iter()
-            .map(|shard| scope.spawn(|| work(shard)))
-            .collect();
-        workers
-            .into_iter()
-            .map(|w| w.join().unwrap_or_else(|p| std::panic::resume_unwind(p)))
-            .collect()
     });
-    let (mut total, mut sum) = (0.0, Vec::<Vec<f32>>::new());
-    for result in results {
-        let (loss, grads) = result?;
-        total += loss;
-        if sum.is_empty() {
-            sum = grads;
-        } else {
-            sum.iter_mut()
-                .zip(grads)
-                .for_each(|(s, g)| s.iter_mut().zip(g).for_each(|(s, g)| *s += g));
+    let mut sum: Vec<Vec<f32>> = vars.vars().iter().map(|v| vec![0.0; v.elem_count()]).collect();
+    let (mut total, mut extras) = (0.0, Vec::new());
+    for (result, &weight) in results.into_iter().zip(weights) {
+        let (loss, grads, extra) = result?;
+        total += weight * loss;
+        for (sum, grad) in sum.iter_mut().zip(grads) {
+            sum.iter_mut().zip(grad).for_each(|(s, g)| *s += weight * g);
         }
+        extras.push(extra);
     }
-    if !total.is_finite() {
-        return Err(Error::Diverged(total));
+    match total.is_finite() {
+        true => Ok((total, sum, extras)),
+        false => Err(Error::Diverged(total)),
     }
-    sum.iter_mut().flatten().for_each(|g| *g /= count);
-    Ok((total / count, sum))
 }
 
 /// Pictures a thread and step, and steps an epoch.
@@ -165,31 +201,30 @@ mod tests {
     }
 
     #[test]
-    fn both_methods_find_a_minimum() {
-        for method in [
-            Method::Sgd { momentum: 0.9 },
-            Method::AdamW { betas: (0.9, 0.99) },
-        ] {
+    fn both_rules_find_a_minimum() {
+        let workers = Workers::new(2).unwrap();
+        for rule in [Rule::Sgd { momentum: 0.9 }, Rule::AdamW { betas: (0.9, 0.99) }] {
             let vars = one(3.0);
-            let mut optimizer = Optimizer::new(method, 0.0, 10.0, &vars);
+            let mut optimizer = Optimizer::new(rule, 0.0, 10.0, &vars);
             for step in 0..400 {
-                let shards = vec![1.0, 2.0];
-                let (_, grads) = gradients(&vars, shards, |target| {
-                    Ok(vars.vars()[0].affine(1.0, -target)?.sqr()?.sum_all()?)
+                let (_, grads, given) = gradients(&workers, &vars, &[1.0, 2.0], &[0.5; 2], |target| {
+                    let loss = vars.vars()[0].affine(1.0, -target)?.sqr()?.sum_all()?;
+                    Ok((loss, *target))
                 })
                 .unwrap();
+                assert_eq!(given, [1.0, 2.0]);
                 optimizer
                     .step(&vars, &grads, cosine(0.05, step, 400, 10))
                     .unwrap();
             }
-            assert!((value(&vars) - 1.5).abs() < 1e-2, "{method:?}: {}", value(&vars));
+            assert!((value(&vars) - 1.5).abs() < 1e-2, "{rule:?}: {}", value(&vars));
         }
     }
 
     #[test]
     fn decay_and_clipping_do_what_they_say() {
         let vars = one(1.0);
-        let mut sgd = Optimizer::new(Method::Sgd { momentum: 0.0 }, 0.1, 1.0, &vars);
+        let mut sgd = Optimizer::new(Rule::Sgd { momentum: 0.0 }, 0.1, 1.0, &vars);
         sgd.step(&vars, &[vec![0.0]], 0.5).unwrap();
         assert!((value(&vars) - 0.95).abs() < 1e-6);
         let vars = one(0.0);
@@ -228,7 +263,10 @@ mod tests {
     #[test]
     fn divergence_is_an_error() {
         let vars = one(f32::INFINITY);
-        let diverged = gradients(&vars, vec![()], |()| Ok(vars.vars()[0].sqr()?.sum_all()?));
+        let workers = Workers::new(1).unwrap();
+        let diverged = gradients(&workers, &vars, &[()], &[1.0], |()| {
+            Ok((vars.vars()[0].sqr()?.sum_all()?, ()))
+        });
         assert!(matches!(diverged, Err(Error::Diverged(_))));
     }
 }

@@ -15,8 +15,9 @@ use veiltune_nn::load::inventory;
 use veiltune_nn::{Linear, Vit, VitConfig};
 
 use crate::data::{self, PIXELS, Pictures, SIDE};
-use crate::optim::{Method, Optimizer, cosine, gradients, steps};
+use crate::optim::{Optimizer, Rule, cosine, gradients, steps};
 use crate::variables::usual_init;
+use crate::workers::Workers;
 use crate::{Error, Result, Variables};
 
 /// How to pretrain.
@@ -64,24 +65,26 @@ pub fn pretrain(
         )));
     }
     let (shard, per_epoch) = steps(pictures.len(), settings.batch, settings.threads)?;
+    let workers = Workers::new(settings.threads)?;
     let mut rng = StdRng::seed_from_u64(settings.seed);
     let shapes = inventory(&Plain::new(), |p| Pretrainer::load(p, config))?;
     let vars = Variables::new(&shapes, |name, dims| usual_init(&mut rng, name, dims))?;
     let model = Pretrainer::load(&vars.params(), config)?;
-    let mut optimizer = Optimizer::new(Method::AdamW { betas: (0.9, 0.95) }, 0.05, 1.0, &vars);
+    let mut optimizer = Optimizer::new(Rule::AdamW { betas: (0.9, 0.95) }, 0.05, 1.0, &vars);
 
     let total = per_epoch * settings.epochs;
     for epoch in 0..settings.epochs {
         let order = data::shuffled(pictures.len(), &mut rng);
         for (i, batch) in order.chunks_exact(shard * settings.threads).enumerate() {
-            let shards = batch
+            let shards: Vec<_> = batch
                 .chunks_exact(shard)
                 .map(|which| (which, rng.random::<u64>()))
                 .collect();
-            let (loss, grads) = gradients(&vars, shards, |(which, seed)| {
-                let mut rng = StdRng::seed_from_u64(seed);
+            let weights = vec![1.0 / shards.len() as f32; shards.len()];
+            let (loss, grads, _) = gradients(&workers, &vars, &shards, &weights, |(which, seed)| {
+                let mut rng = StdRng::seed_from_u64(*seed);
                 let mut view = || View::new(config, pictures, which, settings.visible, &mut rng);
-                model.loss(&view()?, &view()?)
+                Ok((model.loss(&view()?, &view()?)?, ()))
             })?;
             let step = epoch * per_epoch + i;
             optimizer.step(&vars, &grads, cosine(settings.rate, step, total, total / 20))?;

@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 
 use candle_core::{Device, Tensor, Var};
-use rand::Rng;
 use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use sha2::{Digest, Sha256};
 use veiltune_engine::{Error as EngineError, Params, Plain};
 use veiltune_hub::{Array, Tensors};
 
-use crate::Result;
+use crate::{Error, Result};
 
 /// Trainable parameters by dotted name.
 pub struct Variables(BTreeMap<String, Var>);
@@ -41,6 +42,29 @@ impl Variables {
             }
             Ok(var.as_tensor().clone())
         })
+    }
+
+    /// One of them.
+    pub fn get(&self, name: &str) -> Option<&Var> {
+        self.0.get(name)
+    }
+
+    /// Sets all of them to what `values` has under their names, of the same shapes.
+    pub fn set<'a>(&self, values: impl Fn(&str) -> Result<&'a Array>) -> Result<()> {
+        for (name, var) in &self.0 {
+            let array = values(name)?;
+            if array.dims != var.dims() {
+                let detail = format!("{name} is {:?}, not {:?}", array.dims, var.dims());
+                return Err(Error::Settings(detail));
+            }
+            var.set(&Tensor::from_slice(&array.values, var.dims(), &Device::Cpu)?)?;
+        }
+        Ok(())
+    }
+
+    /// Their names, in order.
+    pub fn names(&self) -> impl Iterator<Item = &String> {
+        self.0.keys()
     }
 
     /// The variables in the order of their names.
@@ -89,4 +113,59 @@ pub fn normal(rng: &mut StdRng, count: usize, deviation: f32) -> Vec<f32> {
         deviation * (-2.0 * u.ln()).sqrt() * (std::f32::consts::TAU * v).cos()
     };
     (0..count).map(|_| one()).collect()
+}
+
+/// A parameter in a pass with dropout: without some of the features that an adapter adds, or that a low-rank change reads, and
+/// with the others scaled up as much. Weight and bias of a layer lose the same features.
+pub fn dropped(value: &Tensor, name: &str, p: f32, seed: u64) -> candle_core::Result<Tensor> {
+    let (stem, dim) = match name.split_once(".up.") {
+        Some((stem, _)) => (stem, 0),
+        None => match name.split_once(".lora_A.") {
+            Some((stem, _)) => (stem, 1),
+            None => return Ok(value.clone()),
+        },
+    };
+    let digest = Sha256::new_with_prefix(seed.to_le_bytes())
+        .chain_update(stem)
+        .finalize();
+    let mut rng = StdRng::from_seed(digest.into());
+    let count = value.dim(dim)?;
+    let mut keep = || {
+        if rng.random::<f32>() < p {
+            0.0
+        } else {
+            1.0 / (1.0 - p)
+        }
+    };
+    let mask: Vec<f32> = (0..count).map(|_| keep()).collect();
+    let mut dims = vec![1; value.rank()];
+    dims[dim] = count;
+    value.broadcast_mul(&Tensor::from_vec(mask, dims, &Device::Cpu)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dropout_takes_whole_features_and_keeps_the_mean() {
+        let ones = |dims: &[usize]| Tensor::ones(dims, candle_core::DType::F32, &Device::Cpu).unwrap();
+        let drop = |x: &Tensor, name: &str, seed| dropped(x, name, 0.25, seed).unwrap();
+        let (weight, bias) = (ones(&[4000, 3]), ones(&[4000]));
+        let weight = drop(&weight, "a.0.up.weight", 1).to_vec2::<f32>().unwrap();
+        let bias = drop(&bias, "a.0.up.bias", 1).to_vec1::<f32>().unwrap();
+        for (row, b) in weight.iter().zip(&bias) {
+            assert!(row.iter().all(|v| v == b) && (*b == 0.0 || (b - 4.0 / 3.0).abs() < 1e-6));
+        }
+        let mean = bias.iter().sum::<f32>() / 4000.0;
+        assert!((mean - 1.0).abs() < 0.05, "{mean}");
+        let a = drop(&ones(&[2, 4000]), "q.lora_A.weight", 1)
+            .to_vec2::<f32>()
+            .unwrap();
+        assert!(a[0] == a[1] && a[0].contains(&0.0) && a[0] != bias);
+        let other = drop(&ones(&[4000]), "a.0.up.bias", 2).to_vec1::<f32>().unwrap();
+        assert_ne!(other, bias);
+        let kept = drop(&ones(&[4000]), "a.0.down.bias", 1).to_vec1::<f32>().unwrap();
+        assert!(kept.iter().all(|v| *v == 1.0));
+    }
 }

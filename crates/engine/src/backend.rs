@@ -61,7 +61,7 @@ pub enum Range {
 /// Scores entering a softmax.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SoftmaxSpec {
-    /// Calibrated: |score| <= bound. At most 24.
+    /// Calibrated: |score| <= bound. At most 248; up to 24 takes fewer rounds.
     pub bound: f64,
 }
 
@@ -133,6 +133,9 @@ pub trait Backend {
         0
     }
 
+    /// What follows belongs to the layer `name`: the cost model also counts by layer. Nothing else depends on it.
+    fn layer(&self, _name: &str) {}
+
     /// Brings an input into the program. `values` is given where the owner is (and everywhere for
     /// [`Owner::Public`]); elsewhere the shape alone. An [`Owner::Shared`] input has values in the clear interpreters
     /// only; the parties take the next of the shares that they were given by its outside owner.
@@ -177,9 +180,31 @@ pub trait Backend {
     fn softmax(&self, x: &Self::Tensor, spec: &SoftmaxSpec) -> Result<Self::Tensor>;
     /// Normalisation over the last dimension, no affine part.
     fn normalize(&self, x: &Self::Tensor, spec: &NormSpec) -> Result<Self::Tensor>;
+    /// 1 / x, elementwise, for positive x. Calibrated: `range` holds the smallest and the largest x; the result is wrong
+    /// outside.
+    fn reciprocal(&self, x: &Self::Tensor, range: (f64, f64)) -> Result<Self::Tensor>;
+    /// (x - mean) / sqrt(variance + eps) for each feature of the last dimension, no affine part; `mean` and `variance` are
+    /// `[features]`. Float interpreters only: what is served has it folded into its neighbours.
+    fn batch_norm(
+        &self,
+        _x: &Self::Tensor,
+        _mean: &Self::Weight,
+        _variance: &Self::Weight,
+        _eps: f64,
+    ) -> Result<Self::Tensor> {
+        Err(Error::program(
+            "batch norm",
+            "it has to be folded into its neighbours before a private run",
+        ))
+    }
     /// One-hot of the largest entry of the last dimension (the first of equals).
     fn argmax(&self, x: &Self::Tensor) -> Result<Self::Tensor>;
 
+    /// x, rid of fractional bits that the next linear layer or product would cut off: what is then made of the result
+    /// (its parts, its transpose) shares one truncation and, once it is opened, one opening.
+    fn trim(&self, x: &Self::Tensor) -> Result<Self::Tensor> {
+        Ok(x.clone())
+    }
     /// Declares that several activations are about to be multiplied, so that their openings share one round.
     fn prepare(&self, xs: &[&Self::Tensor]) -> Result<()>;
     /// The only way to a plain value: `to` learns x rounded to the output precision, nobody else learns anything.

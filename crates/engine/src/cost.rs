@@ -1,9 +1,12 @@
-//! Exact cost of a program: rounds, bytes each way, dealer bytes, split by operation, and an estimate of seconds.
+//! Exact cost of a program: rounds, bytes each way, dealer bytes, split by operation and by layer, and estimates of seconds
+//! and of memory.
 
 use std::collections::BTreeMap;
 
 use serde::Serialize;
 use veiltune_wire::Network;
+
+use crate::Party;
 
 /// Name of an operation in the tables.
 pub type Operation = &'static str;
@@ -42,12 +45,55 @@ impl Cost {
     }
 }
 
+/// Bytes of a session's tensors and material, counted by the walk: what is alive at once, from where a program makes a tensor
+/// to where it drops it. An upper estimate, because tensors that share their elements (a tensor and its reshaped view)
+/// count each, and because a gate's temporaries are taken as twice the largest tensor. Buffers of links and the program's
+/// own values (weights as floats) are not in it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Memory {
+    /// Shares, masks and openings at each party, of parameters and activations, at the peak.
+    pub tensors: [u64; 2],
+    /// Masks of each party while material is made, at the peak: at that party, and at the dealer, who makes both and keeps
+    /// some more, counted with the first.
+    pub masks: [u64; 2],
+    /// Material of all passes, at either party.
+    pub material: u64,
+    /// Material of the gate that needs most.
+    pub largest_gate: u64,
+    /// Values dealt at once, at most. The dealer makes keys in small batches.
+    pub largest_deal: u64,
+    /// The largest tensor.
+    pub largest_tensor: u64,
+}
+
+impl Memory {
+    /// Peak at a party whose preparation runs `ahead` gates ahead (None: all of them).
+    pub fn party(&self, party: Party, ahead: Option<usize>) -> u64 {
+        let i = party.index();
+        // Beside those that wait, one gate is being prepared and one is in use.
+        let gates = ahead.map_or(u64::MAX, |n| n as u64 + 2);
+        let material = self.material.min(self.largest_gate.saturating_mul(gates));
+        self.tensors[i] + self.masks[i] + material + 2 * self.largest_tensor
+    }
+
+    /// Peak at the dealer, who keeps masks, and streams what it makes of them.
+    pub fn dealer(&self) -> u64 {
+        self.masks[0] + self.masks[1] + 2 * (self.largest_deal + self.largest_tensor)
+    }
+}
+
 /// A running count.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Tally {
     /// Parameter bytes sent by each party when the session was set up.
     pub setup_bytes: [u64; 2],
+    /// What the session holds at once.
+    pub memory: Memory,
     operations: BTreeMap<Operation, Cost>,
+    layers: Vec<(String, Cost)>,
+    /// The layer that is being counted; None before the first.
+    #[serde(skip)]
+    layer: Option<usize>,
 }
 
 impl Tally {
@@ -63,6 +109,21 @@ impl Tally {
         self.operations.iter().map(|(k, v)| (*k, v))
     }
 
+    /// By layer, in the order in which they were first met; what came before the first is in a layer without a name. Their
+    /// sum is the total.
+    pub fn layers(&self) -> impl Iterator<Item = (&str, &Cost)> {
+        self.layers.iter().map(|(k, v)| (k.as_str(), v))
+    }
+
+    /// What follows belongs to the layer `name`.
+    pub(crate) fn enter(&mut self, name: &str) {
+        let at = self.layers.iter().position(|(known, _)| known == name);
+        self.layer = Some(at.unwrap_or_else(|| {
+            self.layers.push((name.to_owned(), Cost::default()));
+            self.layers.len() - 1
+        }));
+    }
+
     pub(crate) fn setup(&mut self, bytes: [u64; 2]) {
         self.setup_bytes
             .iter_mut()
@@ -72,29 +133,44 @@ impl Tally {
 
     pub(crate) fn exchanged(&mut self, operation: Operation, online_bytes: [u64; 2]) {
         if online_bytes != [0, 0] {
-            self.entry(operation).add(&Cost {
-                rounds: 1,
-                online_bytes,
-                ..Cost::default()
-            });
+            self.count(
+                operation,
+                &Cost {
+                    rounds: 1,
+                    online_bytes,
+                    ..Cost::default()
+                },
+            );
         }
     }
 
     pub(crate) fn dealt(&mut self, operation: Operation, dealer_bytes: [u64; 2]) {
-        self.entry(operation).add(&Cost {
-            dealer_bytes,
-            ..Cost::default()
-        });
+        self.count(
+            operation,
+            &Cost {
+                dealer_bytes,
+                ..Cost::default()
+            },
+        );
     }
 
     pub(crate) fn computed(&mut self, operation: Operation, macs: [u64; 2]) {
-        self.entry(operation).add(&Cost {
-            macs,
-            ..Cost::default()
-        });
+        self.count(
+            operation,
+            &Cost {
+                macs,
+                ..Cost::default()
+            },
+        );
     }
 
-    fn entry(&mut self, operation: Operation) -> &mut Cost {
-        self.operations.entry(operation).or_default()
+    fn count(&mut self, operation: Operation, cost: &Cost) {
+        self.operations.entry(operation).or_default().add(cost);
+        if self.layer.is_none() {
+            self.enter("");
+        }
+        if let Some(layer) = self.layer {
+            self.layers[layer].1.add(cost);
+        }
     }
 }

@@ -12,13 +12,15 @@ use std::sync::Arc;
 use veiltune_ring::prg::{Prg, Seed};
 use veiltune_ring::{Ring, codec};
 
-use crate::gates::{self, Gates, LIMIT_BITS, Local, Meta, Product, SCALE};
+use crate::gates::{self, Gates, Local, Meta, Product, SCALE};
 use crate::offline::low_bits;
 use crate::opening::{BOTH, GateId, Learners, Opening, PARAMETER_GATES, holds};
 use crate::protocols::{
-    self,
+    self, carried,
     coarse_max::{self, CoarseMax},
-    steps::{self, Steps},
+    compare::Want,
+    lines::{self, Lines},
+    truncate::Mode,
 };
 use crate::series::Series;
 use crate::{Error, Owner, Party, Result, Revealed};
@@ -38,6 +40,8 @@ struct Inner {
     meta: Meta,
     value: Ring,
     cell: RefCell<(Opening, Option<Ring>)>,
+    /// Bits of the carries of a value that is known up to dealt values; see [`carried`].
+    carried: Option<Vec<u32>>,
 }
 
 impl Fixed {
@@ -68,12 +72,23 @@ impl Fixed {
     // ---- for the protocols ----
 
     pub(crate) fn tensor(&self, meta: Meta, value: Ring) -> FixedTensor {
+        self.carrying(meta, value, None)
+    }
+
+    /// A new tensor that is known up to dealt values, if `carried`.
+    pub(crate) fn carrying(&self, meta: Meta, value: Ring, carried: Option<Vec<u32>>) -> FixedTensor {
         let opening = Opening::new(meta.owner);
         FixedTensor(Rc::new(Inner {
             meta,
             value,
             cell: RefCell::new((opening, None)),
+            carried,
         }))
+    }
+
+    /// Bits of the carries of `x`, if it was truncated to have them.
+    pub(crate) fn carried<'a>(&self, x: &'a FixedTensor) -> Option<&'a [u32]> {
+        x.0.carried.as_deref()
     }
 
     pub(crate) fn gate(&self) -> GateId {
@@ -190,7 +205,8 @@ impl Gates for Fixed {
     fn sum_of(&self, a: &FixedTensor, b: &FixedTensor, subtract: bool) -> Result<FixedTensor> {
         let meta = gates::sum_meta(&a.0.meta, &b.0.meta)?;
         let (x, y) = (&a.0.value, &b.0.value);
-        Ok(self.tensor(meta, if subtract { x.sub(y)? } else { x.add(y)? }))
+        let carried = carried::fixed_sum(self, a, b);
+        Ok(self.carrying(meta, if subtract { x.sub(y)? } else { x.add(y)? }, carried))
     }
 
     fn add_constant(&self, x: &FixedTensor, c: u64) -> Result<FixedTensor> {
@@ -213,26 +229,35 @@ impl Gates for Fixed {
     }
 
     fn truncate(&self, xs: &[(&FixedTensor, u32)], faithful: bool) -> Result<Vec<FixedTensor>> {
-        for (x, _) in xs {
-            self.assert_below("truncate", &x.0.value, LIMIT_BITS)?;
-        }
-        protocols::truncate::fixed(self, xs, faithful)
+        protocols::truncate::fixed(self, xs, Mode::of(faithful))
+    }
+
+    fn truncate_carried(&self, xs: &[(&FixedTensor, u32)]) -> Result<Vec<FixedTensor>> {
+        protocols::truncate::fixed(self, xs, Mode::Carried)
+    }
+
+    fn is_carried(&self, x: &FixedTensor) -> bool {
+        self.carried(x).is_some()
+    }
+
+    fn square_sum(&self, x: &FixedTensor) -> Result<FixedTensor> {
+        carried::fixed_square_sum(self, x)
     }
 
     fn series(&self, x: &FixedTensor, series: &Arc<Series>) -> Result<FixedTensor> {
         protocols::trigonometric::fixed(self, x, series)
     }
 
-    fn positive_part(&self, x: &FixedTensor) -> Result<FixedTensor> {
-        protocols::compare::fixed(self, x, true)
+    fn positive_part(&self, x: &FixedTensor, cut: u32) -> Result<FixedTensor> {
+        protocols::compare::fixed(self, x, Want::Positive(cut))
     }
 
     fn non_negative(&self, x: &FixedTensor) -> Result<FixedTensor> {
-        protocols::compare::fixed(self, x, false)
+        protocols::compare::fixed(self, x, Want::Bit)
     }
 
-    fn steps(&self, x: &FixedTensor, spec: &Arc<Steps>) -> Result<Vec<FixedTensor>> {
-        steps::fixed(self, x, spec)
+    fn lines(&self, x: &FixedTensor, spec: &Arc<Lines>) -> Result<FixedTensor> {
+        lines::fixed(self, x, spec)
     }
 
     fn coarse_max(&self, x: &FixedTensor, spec: &CoarseMax) -> Result<FixedTensor> {

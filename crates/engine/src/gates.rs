@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use veiltune_ring::Ring;
 
-use crate::protocols::{coarse_max::CoarseMax, steps::Steps};
+use crate::protocols::{coarse_max::CoarseMax, lines::Lines};
 use crate::series::Series;
 use crate::{Error, Owner, Party, Result, Revealed};
 
@@ -182,6 +182,9 @@ pub trait Gates {
     /// Its public part.
     fn meta<'a>(&self, x: &'a Self::T) -> &'a Meta;
 
+    /// What follows belongs to the layer `name`, for the cost model.
+    fn enter_layer(&self, _name: &str) {}
+
     /// An input of `owner`, encoded with [`SCALE`]; `values` where they are known.
     fn enter(&self, owner: Owner, dims: &[usize], values: Option<&[f32]>) -> Result<Self::T>;
     /// A parameter: as `enter`, and opened for the whole session if it has two or more dimensions.
@@ -203,14 +206,21 @@ pub trait Gates {
     /// x / 2^bits, the scale reduced by `bits`, all in one round. Error at most one unit in the last place;
     /// `faithful`: exactly floor.
     fn truncate(&self, xs: &[(&Self::T, u32)], faithful: bool) -> Result<Vec<Self::T>>;
+    /// As `truncate`, one-round; sums and elementwise products of the results open nothing more. See
+    /// [`carried`](crate::protocols::carried).
+    fn truncate_carried(&self, xs: &[(&Self::T, u32)]) -> Result<Vec<Self::T>>;
+    /// Whether elementwise products of `x` open nothing for it, because it is a result of `truncate_carried`.
+    fn is_carried(&self, x: &Self::T) -> bool;
+    /// Sum of squares over the last dimension, kept with length 1. Scales add up.
+    fn square_sum(&self, x: &Self::T) -> Result<Self::T>;
     /// A trigonometric series; result at `series.scale()`.
     fn series(&self, x: &Self::T, series: &Arc<Series>) -> Result<Self::T>;
-    /// max(x, 0) for |x| < 2^[`VALUE_BITS`].
-    fn positive_part(&self, x: &Self::T) -> Result<Self::T>;
+    /// max(x, 0) / 2^cut for |x| < 2^[`VALUE_BITS`], the scale reduced by `cut` and rounded as by `truncate`.
+    fn positive_part(&self, x: &Self::T, cut: u32) -> Result<Self::T>;
     /// The bit x >= 0 as a number of scale 0, for |x| < 2^[`VALUE_BITS`].
     fn non_negative(&self, x: &Self::T) -> Result<Self::T>;
-    /// Step functions: see [`Steps`].
-    fn steps(&self, x: &Self::T, steps: &Arc<Steps>) -> Result<Vec<Self::T>>;
+    /// A piecewise linear function of positive values: see [`Lines`].
+    fn lines(&self, x: &Self::T, lines: &Arc<Lines>) -> Result<Self::T>;
     /// A coarse maximum of the last dimension: see [`CoarseMax`].
     fn coarse_max(&self, x: &Self::T, spec: &CoarseMax) -> Result<Self::T>;
     /// tables\[t\]\[x\] for an integer x (scale 0) in 0..2^bits.

@@ -8,6 +8,7 @@ pub mod backend;
 pub mod cost;
 mod error;
 pub mod fixed;
+mod float;
 pub mod gates;
 mod lower;
 pub mod material;
@@ -15,6 +16,7 @@ pub mod offline;
 pub mod online;
 mod opening;
 pub mod plain;
+mod product;
 pub mod protocols;
 #[cfg(test)]
 mod secrecy;
@@ -24,7 +26,7 @@ pub mod session;
 pub use backend::{
     Activation, Backend, NormKind, NormSpec, Owner, Params, Party, Range, Revealed, SoftmaxSpec,
 };
-pub use cost::{Cost, Tally};
+pub use cost::{Cost, Memory, Tally};
 pub use error::{Error, Result};
 pub use fixed::Fixed;
 pub use offline::Offline;

@@ -11,7 +11,7 @@
 
 use crate::backend::{Activation, Backend, NormSpec, Owner, Party, Range, Revealed, SoftmaxSpec};
 use crate::gates::{Gates, Local, MAX_SCALE, Product, SCALE};
-use crate::protocols::{activation, argmax, normalize, softmax};
+use crate::protocols::{activation, argmax, carried, inverse, normalize, softmax};
 use crate::{Error, Result};
 
 impl<G: Gates> Backend for G {
@@ -26,6 +26,10 @@ impl<G: Gates> Backend for G {
         self.meta(x).scale
     }
 
+    fn layer(&self, name: &str) {
+        self.enter_layer(name);
+    }
+
     fn input(&self, owner: Owner, dims: &[usize], values: Option<&[f32]>) -> Result<G::T> {
         self.enter(owner, dims, values)
     }
@@ -35,7 +39,10 @@ impl<G: Gates> Backend for G {
     }
 
     fn linear(&self, x: &G::T, w: &G::T, b: Option<&G::T>) -> Result<G::T> {
-        let x = at_most(self, x, MAX_SCALE - SCALE)?;
+        let x = match self.meta(x).scale {
+            scale if scale <= MAX_SCALE - SCALE => x.clone(),
+            scale => cut_factor(self, Product::MatMulNt, x, scale - SCALE, w)?,
+        };
         let y = self.product(Product::MatMulNt, &x, w)?;
         match b {
             Some(b) => self.add_weight(&y, b),
@@ -44,7 +51,10 @@ impl<G: Gates> Backend for G {
     }
 
     fn matmul(&self, a: &G::T, b: &G::T) -> Result<G::T> {
-        let (a, b) = fit_product(self, a, b)?;
+        let (a, b) = fit_product(self, a, b, |xs| match xs {
+            [(x, bits)] if std::ptr::eq(*x, a) => Ok(vec![cut_factor(self, Product::MatMul, a, *bits, b)?]),
+            _ => self.truncate(xs, false),
+        })?;
         self.product(Product::MatMul, &a, &b)
     }
 
@@ -59,7 +69,17 @@ impl<G: Gates> Backend for G {
     }
 
     fn mul(&self, a: &G::T, b: &G::T) -> Result<G::T> {
-        let (a, b) = fit_product(self, a, b)?;
+        // What is truncated here needs no opening for the product, and what it needs of the other factor shares the round.
+        let (a, b) = fit_product(self, a, b, |xs| {
+            if let [(x, _)] = xs {
+                let other = if std::ptr::eq(*x, a) { b } else { a };
+                let secret = [*x, other].iter().all(|x| self.meta(x).owner != Owner::Public);
+                if secret && !self.is_carried(other) {
+                    self.open(&[*x, other])?;
+                }
+            }
+            self.truncate_carried(xs)
+        })?;
         self.product(Product::Elementwise, &a, &b)
     }
 
@@ -128,7 +148,15 @@ impl<G: Gates> Backend for G {
     }
 
     fn relu(&self, x: &G::T) -> Result<G::T> {
-        self.positive_part(&at_most(self, x, MAX_SCALE)?)
+        let x = at_most(self, x, MAX_SCALE)?;
+        let scale = self.meta(&x).scale;
+        // What would be truncated before the next linear layer is truncated on the opening that the comparison needs.
+        let cut = if scale > MAX_SCALE - SCALE {
+            scale - SCALE
+        } else {
+            0
+        };
+        self.positive_part(&x, cut)
     }
 
     fn activation(&self, x: &G::T, f: Activation, range: Range) -> Result<G::T> {
@@ -143,8 +171,16 @@ impl<G: Gates> Backend for G {
         normalize::normalize(self, x, spec)
     }
 
+    fn reciprocal(&self, x: &G::T, range: (f64, f64)) -> Result<G::T> {
+        inverse::reciprocal(self, x, range)
+    }
+
     fn argmax(&self, x: &G::T) -> Result<G::T> {
         argmax::argmax(self, x)
+    }
+
+    fn trim(&self, x: &G::T) -> Result<G::T> {
+        at_most(self, x, MAX_SCALE - SCALE)
     }
 
     fn prepare(&self, xs: &[&G::T]) -> Result<()> {
@@ -181,6 +217,18 @@ pub(crate) fn at_most<G: Gates>(g: &G, x: &G::T, limit: u32) -> Result<G::T> {
     }
 }
 
+/// The left factor `x` of a product, without `bits` of its fractional bits, ready to multiply where that pays.
+fn cut_factor<G: Gates>(g: &G, kind: Product, x: &G::T, bits: u32, w: &G::T) -> Result<G::T> {
+    let pays = carried::pays(kind, g.meta(x), g.meta(w), &[bits]);
+    let cut = [(x, bits)];
+    let mut cut = if pays {
+        g.truncate_carried(&cut)?
+    } else {
+        g.truncate(&cut, false)?
+    };
+    Ok(cut.remove(0))
+}
+
 /// `x` with at least `scale` fractional bits.
 pub(crate) fn refine<G: Gates>(g: &G, x: &G::T, scale: u32) -> Result<G::T> {
     let have = g.meta(x).scale;
@@ -198,7 +246,12 @@ fn align<G: Gates>(g: &G, a: &G::T, b: &G::T) -> Result<(G::T, G::T)> {
 }
 
 /// Operands whose scales add up to at most [`MAX_SCALE`]; what must be truncated is, in one round.
-fn fit_product<G: Gates>(g: &G, a: &G::T, b: &G::T) -> Result<(G::T, G::T)> {
+fn fit_product<G: Gates>(
+    g: &G,
+    a: &G::T,
+    b: &G::T,
+    truncate: impl Fn(&[(&G::T, u32)]) -> Result<Vec<G::T>>,
+) -> Result<(G::T, G::T)> {
     let (sa, sb) = (g.meta(a).scale, g.meta(b).scale);
     let coarse = |s: u32| s.min(SCALE);
     let (cut_a, cut_b) = if sa + sb <= MAX_SCALE {
@@ -215,10 +268,10 @@ fn fit_product<G: Gates>(g: &G, a: &G::T, b: &G::T) -> Result<(G::T, G::T)> {
     };
     Ok(match (cut_a && sa > SCALE, cut_b && sb > SCALE) {
         (false, false) => (a.clone(), b.clone()),
-        (true, false) => (g.truncate(&[(a, sa - SCALE)], false)?.remove(0), b.clone()),
-        (false, true) => (a.clone(), g.truncate(&[(b, sb - SCALE)], false)?.remove(0)),
+        (true, false) => (truncate(&[(a, sa - SCALE)])?.remove(0), b.clone()),
+        (false, true) => (a.clone(), truncate(&[(b, sb - SCALE)])?.remove(0)),
         (true, true) => {
-            let mut both = g.truncate(&[(a, sa - SCALE), (b, sb - SCALE)], false)?;
+            let mut both = truncate(&[(a, sa - SCALE), (b, sb - SCALE)])?;
             let b = both.remove(1);
             (both.remove(0), b)
         }

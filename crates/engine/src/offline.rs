@@ -16,15 +16,17 @@ use veiltune_ring::Ring;
 use veiltune_ring::prg::{Prg, Seed};
 use veiltune_wire::pack;
 
-use crate::cost::{Operation, Tally};
+use crate::cost::{Memory, Operation, Tally};
 use crate::gates::{self, Gates, Local, Meta, Product, SCALE};
 use crate::material::{Material, ParameterStore, Queue, Sink, Source};
 use crate::opening::{BOTH, GateId, Learners, Opening, PARAMETER_GATES, holds};
 use crate::protocols::{
     self,
+    carried::{self, OffCarried},
     coarse_max::{self, CoarseMax},
-    compare::Comparison,
-    steps::{self, Steps},
+    compare::{Comparison, Want},
+    lines::{self, Lines},
+    truncate::Mode,
 };
 use crate::series::Series;
 use crate::{Owner, Party, Result, Revealed};
@@ -38,6 +40,9 @@ pub struct Offline {
     tally: RefCell<Tally>,
     program: RefCell<Sha256>,
     material: RefCell<Material>,
+    live: Rc<Live>,
+    /// Bytes of the current gate's material, as a party holds it.
+    gate_bytes: Cell<u64>,
     #[cfg(debug_assertions)]
     drawn: RefCell<HashSet<(GateId, u16)>>,
 }
@@ -67,6 +72,56 @@ pub struct OffTensor(Rc<Inner>);
 struct Inner {
     meta: Meta,
     cell: RefCell<MaskCell>,
+    /// Where this tensor is counted as alive, and the bytes that it holds: at each party, and of each party's masks.
+    live: Rc<Live>,
+    held: Cell<[[u64; 2]; 2]>,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        let (now, held) = (self.live.now.get(), self.held.get());
+        self.live
+            .now
+            .set([0, 1].map(|kind| [0, 1].map(|i| now[kind][i] - held[kind][i])));
+    }
+}
+
+/// Bytes of the tensors that are alive, as the parties and the dealer hold them; see [`Memory`].
+#[derive(Default)]
+struct Live {
+    now: Cell<[[u64; 2]; 2]>,
+    memory: Cell<Memory>,
+}
+
+impl Live {
+    /// `x` holds more: shares and openings at each party, masks of each party.
+    fn hold(&self, x: &Inner, more: [[u64; 2]; 2]) {
+        let sum = |a: [[u64; 2]; 2]| [0, 1].map(|kind| [0, 1].map(|i| a[kind][i] + more[kind][i]));
+        x.held.set(sum(x.held.get()));
+        let now = sum(self.now.get());
+        self.now.set(now);
+        let mut memory = self.memory.get();
+        let [tensors, masks] = now;
+        memory.tensors = [0, 1].map(|i| memory.tensors[i].max(tensors[i]));
+        memory.masks = [0, 1].map(|i| memory.masks[i].max(masks[i]));
+        memory.largest_tensor = memory.largest_tensor.max(8 * x.meta.len() as u64);
+        self.memory.set(memory);
+    }
+
+    /// Values are dealt.
+    fn deal(&self, bytes: u64) {
+        let mut memory = self.memory.get();
+        memory.largest_deal = memory.largest_deal.max(bytes);
+        self.memory.set(memory);
+    }
+
+    /// A gate's material is complete.
+    fn material(&self, bytes: u64) {
+        let mut memory = self.memory.get();
+        memory.material += bytes;
+        memory.largest_gate = memory.largest_gate.max(bytes);
+        self.memory.set(memory);
+    }
 }
 
 struct MaskCell {
@@ -76,6 +131,8 @@ struct MaskCell {
     /// At a party, for a session-long parameter: the masked value.
     masked: Option<Ring>,
     is_parameter: bool,
+    /// Of a truncated value, or a sum of such.
+    carried: Option<Rc<OffCarried>>,
 }
 
 impl Offline {
@@ -125,6 +182,8 @@ impl Offline {
             tally: RefCell::default(),
             program: RefCell::new(Sha256::new()),
             material: RefCell::default(),
+            live: Rc::default(),
+            gate_bytes: Cell::new(0),
             #[cfg(debug_assertions)]
             drawn: RefCell::default(),
         }
@@ -133,6 +192,11 @@ impl Offline {
     /// What was counted so far.
     pub fn tally(&self) -> Ref<'_, Tally> {
         self.tally.borrow()
+    }
+
+    /// What the session holds at once, as far as the walk has come.
+    pub fn memory(&self) -> Memory {
+        self.live.memory.get()
     }
 
     /// Hash of every gate, shape and public constant so far.
@@ -180,6 +244,7 @@ impl Offline {
     /// Ends a gate: its material goes to the online walk.
     pub(crate) fn end_gate(&self) -> Result<()> {
         let material = self.material.take();
+        self.live.material(self.gate_bytes.take());
         match &self.role {
             Role::Party { queue, .. } => queue.push(material),
             _ => Ok(()),
@@ -193,11 +258,33 @@ impl Offline {
             mask: [None, None],
             masked: None,
             is_parameter: false,
+            carried: None,
         };
-        OffTensor(Rc::new(Inner {
+        let x = OffTensor(Rc::new(Inner {
             meta,
             cell: RefCell::new(cell),
-        }))
+            live: self.live.clone(),
+            held: Cell::default(),
+        }));
+        let (meta, size) = (&x.0.meta, 8 * x.0.meta.len() as u64);
+        let has = |i| meta.owner == Owner::Public || holds(meta.owner, i);
+        self.live
+            .hold(&x.0, [[0, 1].map(|i| if has(i) { size } else { 0 }), [0; 2]]);
+        x
+    }
+
+    /// `x` is opened, as far as `sends` says: who receives keeps the piece and the sum, who holds a share its mask.
+    fn hold_opening(&self, x: &OffTensor, sends: [bool; 2], first: bool) {
+        let size = 8 * x.0.meta.len() as u64;
+        let mask = [0, 1].map(|i| {
+            if first && holds(x.0.meta.owner, i) {
+                size
+            } else {
+                0
+            }
+        });
+        let pieces = [0, 1].map(|i| mask[i] + if sends[1 - i] { 2 * size } else { 0 });
+        self.live.hold(&x.0, [pieces, mask]);
     }
 
     /// Whether this role is the dealer: only then is it worth computing with masks.
@@ -243,6 +330,20 @@ impl Offline {
         x.0.cell.borrow().opening.is_full()
     }
 
+    /// How `x` is known up to dealt values, if it was truncated to be.
+    pub(crate) fn carried(&self, x: &OffTensor) -> Option<Rc<OffCarried>> {
+        x.0.cell.borrow().carried.clone()
+    }
+
+    /// A new tensor that is known up to dealt values.
+    pub(crate) fn carrying(&self, meta: Meta, carried: OffCarried) -> OffTensor {
+        let x = self.tensor(meta);
+        let (public, dealt) = carried.bytes(x.0.meta.len());
+        self.live.hold(&x.0, [[public; 2], [dealt, 0]]);
+        x.0.cell.borrow_mut().carried = Some(Rc::new(carried));
+        x
+    }
+
     /// Requests openings, all in one round.
     pub(crate) fn open_for(&self, requests: &[(&OffTensor, Learners)]) {
         let mut bytes = [0; 2];
@@ -262,6 +363,7 @@ impl Offline {
     fn request(&self, x: &OffTensor, learners: Learners, fresh: impl FnOnce() -> GateId) -> [bool; 2] {
         let mut cell = x.0.cell.borrow_mut();
         let (sends, first) = cell.opening.request(learners, fresh);
+        self.hold_opening(x, sends, first);
         if first {
             let id = cell.opening.id.expect("set by request");
             self.claim((id, 0));
@@ -366,6 +468,8 @@ impl Offline {
     ) -> Result<Option<Vec<u64>>> {
         self.claim((gate, slot));
         let bytes = pack::packed_len(n, bits);
+        self.gate_bytes.set(self.gate_bytes.get() + 8 * n as u64);
+        self.live.deal(8 * n as u64);
         self.tally.borrow_mut().dealt(operation, [0, bytes as u64]);
         match &self.role {
             Role::Count => Ok(None),
@@ -430,6 +534,8 @@ impl Offline {
     ) -> Result<()> {
         self.claim((gate, slot));
         let bytes = n * key_bytes;
+        self.gate_bytes
+            .set(self.gate_bytes.get() + (bytes + 16 * n) as u64);
         self.tally.borrow_mut().dealt(operation, [bytes as u64; 2]);
         match &self.role {
             Role::Count => {}
@@ -483,6 +589,10 @@ impl Gates for Offline {
         &x.0.meta
     }
 
+    fn enter_layer(&self, name: &str) {
+        self.tally.borrow_mut().enter(name);
+    }
+
     fn enter(&self, owner: Owner, dims: &[usize], _values: Option<&[f32]>) -> Result<OffTensor> {
         let meta = Meta {
             dims: dims.to_vec(),
@@ -532,6 +642,8 @@ impl Gates for Offline {
                 cell.mask[i] = from.mask[i].as_ref().map(|m| map.apply(m)).transpose()?;
             }
             cell.masked = from.masked.as_ref().map(|m| map.apply(m)).transpose()?;
+            let received = [0, 1].map(|i| from.opening.sent[i] && holds(x.0.meta.owner, i));
+            self.hold_opening(&out, received, true);
         }
         drop(from);
         Ok(out)
@@ -545,7 +657,8 @@ impl Gates for Offline {
 
     fn sum_of(&self, a: &OffTensor, b: &OffTensor, subtract: bool) -> Result<OffTensor> {
         self.record("sum_of", &[u8::from(subtract)]);
-        Ok(self.tensor(gates::sum_meta(&a.0.meta, &b.0.meta)?))
+        let meta = gates::sum_meta(&a.0.meta, &b.0.meta)?;
+        carried::offline_sum(self, a, b, subtract, meta)
     }
 
     fn add_constant(&self, x: &OffTensor, c: u64) -> Result<OffTensor> {
@@ -574,23 +687,35 @@ impl Gates for Offline {
     }
 
     fn truncate(&self, xs: &[(&OffTensor, u32)], faithful: bool) -> Result<Vec<OffTensor>> {
-        protocols::truncate::offline(self, xs, faithful)
+        protocols::truncate::offline(self, xs, Mode::of(faithful))
+    }
+
+    fn truncate_carried(&self, xs: &[(&OffTensor, u32)]) -> Result<Vec<OffTensor>> {
+        protocols::truncate::offline(self, xs, Mode::Carried)
+    }
+
+    fn is_carried(&self, x: &OffTensor) -> bool {
+        self.carried(x).is_some()
+    }
+
+    fn square_sum(&self, x: &OffTensor) -> Result<OffTensor> {
+        carried::offline_square_sum(self, x)
     }
 
     fn series(&self, x: &OffTensor, series: &Arc<Series>) -> Result<OffTensor> {
         protocols::trigonometric::offline(self, x, series)
     }
 
-    fn positive_part(&self, x: &OffTensor) -> Result<OffTensor> {
-        protocols::compare::offline(self, x, true)
+    fn positive_part(&self, x: &OffTensor, cut: u32) -> Result<OffTensor> {
+        protocols::compare::offline(self, x, Want::Positive(cut))
     }
 
     fn non_negative(&self, x: &OffTensor) -> Result<OffTensor> {
-        protocols::compare::offline(self, x, false)
+        protocols::compare::offline(self, x, Want::Bit)
     }
 
-    fn steps(&self, x: &OffTensor, spec: &Arc<Steps>) -> Result<Vec<OffTensor>> {
-        steps::offline(self, x, spec)
+    fn lines(&self, x: &OffTensor, spec: &Arc<Lines>) -> Result<OffTensor> {
+        lines::offline(self, x, spec)
     }
 
     fn coarse_max(&self, x: &OffTensor, spec: &CoarseMax) -> Result<OffTensor> {

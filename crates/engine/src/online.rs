@@ -15,9 +15,11 @@ use crate::offline::low_bits;
 use crate::opening::{BOTH, GateId, Learners, Opening, PARAMETER_GATES, holds};
 use crate::protocols::{
     self,
+    carried::{self, Carried},
     coarse_max::{self, CoarseMax},
-    compare::Comparison,
-    steps::{self, Steps},
+    compare::{Comparison, Want},
+    lines::{self, Lines},
+    truncate::Mode,
 };
 use crate::series::Series;
 use crate::{Error, Owner, Party, Result, Revealed};
@@ -57,6 +59,8 @@ struct OpenCell {
     peer: Option<Ring>,
     masked: OnceCell<Ring>,
     is_parameter: bool,
+    /// Of a truncated value, or a sum of such.
+    carried: Option<Rc<Carried>>,
 }
 
 impl std::fmt::Debug for Share {
@@ -133,12 +137,25 @@ impl Online {
             peer: None,
             masked: OnceCell::new(),
             is_parameter: false,
+            carried: None,
         };
         Share(Rc::new(Inner {
             meta,
             share,
             cell: RefCell::new(cell),
         }))
+    }
+
+    /// How `x` is known up to dealt values, if it was truncated to be.
+    pub(crate) fn carried(&self, x: &Share) -> Option<Rc<Carried>> {
+        x.0.cell.borrow().carried.clone()
+    }
+
+    /// A new tensor that is known up to dealt values.
+    pub(crate) fn carrying(&self, meta: Meta, share: Ring, carried: Carried) -> Share {
+        let x = self.tensor(meta, Some(share));
+        x.0.cell.borrow_mut().carried = Some(Rc::new(carried));
+        x
     }
 
     /// This party's additive share (a public value belongs to the first party's).
@@ -451,7 +468,7 @@ impl Gates for Online {
                 Some(if subtract { x.sub(&y)? } else { x.add(&y)? })
             }
         };
-        Ok(self.tensor(meta, sum))
+        carried::online_sum(self, a, b, subtract, meta, sum)
     }
 
     fn add_constant(&self, x: &Share, c: u64) -> Result<Share> {
@@ -498,23 +515,35 @@ impl Gates for Online {
     }
 
     fn truncate(&self, xs: &[(&Share, u32)], faithful: bool) -> Result<Vec<Share>> {
-        protocols::truncate::online(self, xs, faithful)
+        protocols::truncate::online(self, xs, Mode::of(faithful))
+    }
+
+    fn truncate_carried(&self, xs: &[(&Share, u32)]) -> Result<Vec<Share>> {
+        protocols::truncate::online(self, xs, Mode::Carried)
+    }
+
+    fn is_carried(&self, x: &Share) -> bool {
+        self.carried(x).is_some()
+    }
+
+    fn square_sum(&self, x: &Share) -> Result<Share> {
+        carried::online_square_sum(self, x)
     }
 
     fn series(&self, x: &Share, series: &Arc<Series>) -> Result<Share> {
         protocols::trigonometric::online(self, x, series)
     }
 
-    fn positive_part(&self, x: &Share) -> Result<Share> {
-        protocols::compare::online(self, x, true)
+    fn positive_part(&self, x: &Share, cut: u32) -> Result<Share> {
+        protocols::compare::online(self, x, Want::Positive(cut))
     }
 
     fn non_negative(&self, x: &Share) -> Result<Share> {
-        protocols::compare::online(self, x, false)
+        protocols::compare::online(self, x, Want::Bit)
     }
 
-    fn steps(&self, x: &Share, spec: &Arc<Steps>) -> Result<Vec<Share>> {
-        steps::online(self, x, spec)
+    fn lines(&self, x: &Share, spec: &Arc<Lines>) -> Result<Share> {
+        lines::online(self, x, spec)
     }
 
     fn coarse_max(&self, x: &Share, spec: &CoarseMax) -> Result<Share> {

@@ -10,16 +10,21 @@ use std::sync::Arc;
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Device, Layout, Shape, Tensor};
 
+use crate::float::{self, Scale, Softmax, Sum, moments, slice, width};
+use crate::product::{self, Columns};
 use crate::series::Series;
-use crate::{
-    Activation, Backend, Error, NormKind, NormSpec, Owner, Party, Range, Result, Revealed, SoftmaxSpec,
-};
+use crate::{Activation, Backend, Error, NormSpec, Owner, Party, Range, Result, Revealed, SoftmaxSpec};
 
 /// Float tensors. Owners play no part: everything is plain.
 #[derive(Debug, Default)]
 pub struct Plain {
     recorder: Option<Recorder>,
+    /// Training: each batch norm's own mean and variance.
+    batches: Option<RefCell<Vec<Moments>>>,
 }
+
+/// Mean and variance of each feature.
+type Moments = (Vec<f32>, Vec<f32>);
 
 /// What one calibrated verb of a forward pass has seen.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -28,8 +33,8 @@ pub struct Site {
     pub verb: Verb,
     /// Largest magnitude that entered: of the row for a norm, the score for a softmax, x for an activation.
     pub input: f64,
-    /// Norms only: smallest and largest sqrt(var + eps).
-    pub sigma: Option<(f64, f64)>,
+    /// Smallest and largest sqrt(var + eps) of a norm, or x of a reciprocal.
+    pub range: Option<(f64, f64)>,
 }
 
 /// The verbs whose ranges are calibrated.
@@ -41,6 +46,8 @@ pub enum Verb {
     Softmax,
     /// [`Backend::activation`].
     Activation,
+    /// [`Backend::reciprocal`].
+    Reciprocal,
 }
 
 /// Sites in the order in which a forward pass meets them, which is the same in every pass.
@@ -60,11 +67,32 @@ impl Plain {
     pub fn recording() -> Self {
         Plain {
             recorder: Some(Recorder::default()),
+            ..Plain::default()
         }
     }
 
-    /// The next calibrated verb is again the first of the program.
+    /// An interpreter whose batch norms use the batch's own mean and variance, and note them. Call [`Plain::rewind`]
+    /// before each pass.
+    pub fn training() -> Self {
+        Plain {
+            batches: Some(RefCell::default()),
+            ..Plain::default()
+        }
+    }
+
+    /// Mean and variance (the mean squared deviation) of each batch norm since [`Plain::rewind`], in program order; empty
+    /// unless training.
+    pub fn statistics(&self) -> Vec<(Vec<f32>, Vec<f32>)> {
+        self.batches
+            .as_ref()
+            .map_or_else(Vec::new, |b| b.borrow().clone())
+    }
+
+    /// The next calibrated verb or batch norm is again the first of the program.
     pub fn rewind(&self) {
+        if let Some(b) = &self.batches {
+            b.borrow_mut().clear();
+        }
         if let Some(r) = &self.recorder {
             r.next.set(0);
         }
@@ -77,25 +105,24 @@ impl Plain {
             .map_or_else(Vec::new, |r| r.sites.borrow().clone())
     }
 
-    fn record(&self, op: &'static str, verb: Verb, x: &Tensor, spec: Option<&NormSpec>) -> Result<()> {
+    /// Notes what enters a calibrated verb; `range` is that of its site, from the values.
+    fn record(
+        &self,
+        op: &'static str,
+        verb: Verb,
+        x: &Tensor,
+        range: impl FnOnce(&[f32]) -> Option<(f64, f64)>,
+    ) -> Result<()> {
         let Some(r) = &self.recorder else { return Ok(()) };
         let values = floats(op, x)?;
         let input = values.iter().fold(0.0, |m, v| f64::max(m, v.abs() as f64));
-        let sigma = spec.map(|spec| {
-            let width = x.dims().last().copied().unwrap_or(1).max(1);
-            values
-                .chunks(width)
-                .map(|row| f64::from(moments(row, spec).1))
-                .fold((f64::INFINITY, 0.0), |(lo, hi), s| {
-                    (f64::min(lo, s), f64::max(hi, s))
-                })
-        });
+        let range = range(&values);
         let mut sites = r.sites.borrow_mut();
         match sites.get_mut(r.next.get()) {
-            None => sites.push(Site { verb, input, sigma }),
+            None => sites.push(Site { verb, input, range }),
             Some(site) if site.verb == verb => {
                 site.input = site.input.max(input);
-                site.sigma = match (site.sigma, sigma) {
+                site.range = match (site.range, range) {
                     (Some(a), Some(b)) => Some((a.0.min(b.0), a.1.max(b.1))),
                     (a, b) => a.or(b),
                 };
@@ -125,7 +152,15 @@ impl Backend for Plain {
     }
 
     fn weight(&self, _: Owner, dims: &[usize], values: Option<&[f32]>) -> Result<Tensor> {
-        enter("weight", dims, values)
+        // A matrix lies transposed in memory, as products read it fastest.
+        match (dims, values) {
+            (&[rows, cols], Some(values)) if rows.checked_mul(cols) == Some(values.len()) => {
+                Tensor::from_vec(float::transpose(values, cols), (cols, rows), &Device::Cpu)
+                    .and_then(|t| t.t())
+                    .map_err(wrong("weight"))
+            }
+            _ => enter("weight", dims, values),
+        }
     }
 
     fn linear(&self, x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
@@ -135,32 +170,23 @@ impl Backend for Plain {
                 format!("x is {:?}, w is {:?}", x.dims(), w.dims()),
             ));
         };
-        if k != last {
+        if k != last || b.is_some_and(|b| b.dims() != [out]) {
+            let bias = b.map(Tensor::dims);
             return Err(Error::program(
                 "linear",
-                format!("x is {:?}, w is {:?}", x.dims(), w.dims()),
+                format!("x is {:?}, w is {:?}, b is {bias:?}", x.dims(), w.dims()),
             ));
         }
         let mut dims = x.dims().to_vec();
         *dims.last_mut().expect("x has a last dimension") = out;
         let rows = dims[..dims.len() - 1].iter().product::<usize>();
-        let y = if rows * out * k == 0 {
-            zeros("linear", &dims)?
-        } else {
-            let flat = x
-                .reshape((rows, k))
-                .and_then(|x| x.matmul(&w.t()?))
-                .map_err(wrong("linear"))?;
-            flat.reshape(dims).map_err(wrong("linear"))?
-        };
-        match b {
-            Some(b) if b.dims() == [out] => self.add_weight(&y, b),
-            Some(b) => Err(Error::program(
-                "linear",
-                format!("w is {:?}, b is {:?}", w.dims(), b.dims()),
-            )),
-            None => Ok(y),
+        if rows * out * k == 0 {
+            let zeros = zeros("linear", &dims)?;
+            return b.map_or(Ok(zeros.clone()), |b| self.add_weight(&zeros, b));
         }
+        x.reshape((rows, k))
+            .and_then(|x| product::linear(&x, w, b)?.reshape(dims))
+            .map_err(wrong("linear"))
     }
 
     fn matmul(&self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
@@ -178,20 +204,17 @@ impl Backend for Plain {
         if k != db[db.len() - 2] {
             return Err(mismatch());
         }
-        let dims = [batch, &[m, n]].concat();
-        let count = batch.iter().product::<usize>();
-        if count * m * k * n == 0 {
-            return zeros("matmul", &dims);
+        if batch.iter().product::<usize>() * m * k * n == 0 {
+            return zeros("matmul", &[batch, &[m, n]].concat());
         }
-        let product = || {
-            batched(a, count, m, k)?
-                .matmul(&batched(b, count, k, n)?)?
-                .reshape(dims.clone())
-        };
-        product().map_err(wrong("matmul"))
+        product::matmul(a, b).map_err(wrong("matmul"))
     }
 
     fn add(&self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+        if a.dims() == b.dims() && a.elem_count() > 0 {
+            let sum = || a.contiguous()?.apply_op2(&b.contiguous()?, Sum);
+            return sum().map_err(wrong("add"));
+        }
         a.broadcast_add(b).map_err(wrong("add"))
     }
 
@@ -204,7 +227,7 @@ impl Backend for Plain {
     }
 
     fn scale(&self, x: &Tensor, c: f64) -> Result<Tensor> {
-        x.affine(c, 0.0).map_err(wrong("scale"))
+        as_it_lies(x, |x| x.apply_op1(Scale(c as f32))).map_err(wrong("scale"))
     }
 
     fn add_weight(&self, x: &Tensor, w: &Tensor) -> Result<Tensor> {
@@ -249,9 +272,11 @@ impl Backend for Plain {
     }
 
     fn activation(&self, x: &Tensor, f: Activation, range: Range) -> Result<Tensor> {
-        self.record("activation", Verb::Activation, x, None)?;
+        self.record("activation", Verb::Activation, x, |_| None)?;
         let (bound, guarded) = match range {
-            Range::Exact => return exact(x, f).map_err(wrong("activation")),
+            Range::Exact => {
+                return as_it_lies(x, |x| float::activation(x, f)).map_err(wrong("activation"));
+            }
             Range::Within(bound) => (bound, false),
             Range::Guarded(bound) => (bound, true),
         };
@@ -267,13 +292,52 @@ impl Backend for Plain {
     }
 
     fn softmax(&self, x: &Tensor, _: &SoftmaxSpec) -> Result<Tensor> {
-        self.record("softmax", Verb::Softmax, x, None)?;
+        self.record("softmax", Verb::Softmax, x, |_| None)?;
         row_wise("softmax", x, |x| x.apply_op1(Softmax))
     }
 
     fn normalize(&self, x: &Tensor, spec: &NormSpec) -> Result<Tensor> {
-        self.record("normalize", Verb::Normalize, x, Some(spec))?;
+        let width = x.dims().last().copied().unwrap_or(1).max(1);
+        let sigmas = |values: &[f32]| extremes(values.chunks(width).map(|row| moments(row, spec).1));
+        self.record("normalize", Verb::Normalize, x, sigmas)?;
         row_wise("normalize", x, |x| x.apply_op1(Normalize(*spec)))
+    }
+
+    fn reciprocal(&self, x: &Tensor, _: (f64, f64)) -> Result<Tensor> {
+        self.record("reciprocal", Verb::Reciprocal, x, |v| extremes(v.iter().copied()))?;
+        x.recip().map_err(wrong("reciprocal"))
+    }
+
+    fn batch_norm(&self, x: &Tensor, mean: &Tensor, variance: &Tensor, eps: f64) -> Result<Tensor> {
+        let op = "batch norm";
+        let features = x.dims().last().copied().unwrap_or(0);
+        if features == 0 || mean.dims() != [features] || variance.dims() != [features] {
+            return Err(Error::program(
+                op,
+                format!(
+                    "x is {:?}, mean {:?}, variance {:?}",
+                    x.dims(),
+                    mean.dims(),
+                    variance.dims()
+                ),
+            ));
+        }
+        let own = match &self.batches {
+            Some(noted) => {
+                let (mean, variance) = batch_moments(x, features).map_err(wrong(op))?;
+                noted
+                    .borrow_mut()
+                    .push((floats(op, &mean)?, floats(op, &variance)?));
+                Some((mean, variance))
+            }
+            None => None,
+        };
+        let (mean, variance) = own.as_ref().map_or((mean, variance), |(m, v)| (m, v));
+        let shift = mean.neg().map_err(wrong(op))?;
+        let gain = (variance + eps)
+            .and_then(|v| v.sqrt()?.recip())
+            .map_err(wrong(op))?;
+        row_op(op, &row_op(op, x, &shift, RowOp::Add)?, &gain, RowOp::Mul)
     }
 
     fn argmax(&self, x: &Tensor) -> Result<Tensor> {
@@ -331,57 +395,42 @@ fn floats(op: &'static str, x: &Tensor) -> Result<Vec<f32>> {
     x.flatten_all().and_then(|x| x.to_vec1()).map_err(wrong(op))
 }
 
-/// `[count, rows, cols]` in a layout that candle's product takes, copying in runs where a copy is needed.
-fn batched(x: &Tensor, count: usize, rows: usize, cols: usize) -> candle_core::Result<Tensor> {
-    let turned = x.t()?;
-    if !x.is_contiguous() && x.stride().last() != Some(&1) {
-        return turned.reshape((count, cols, rows))?.contiguous()?.t();
+/// Mean and variance of each feature over everything else; differentiable.
+fn batch_moments(x: &Tensor, features: usize) -> candle_core::Result<(Tensor, Tensor)> {
+    let n = x.elem_count() / features;
+    if n == 0 {
+        candle_core::bail!("an empty batch has no mean");
     }
-    x.reshape((count, rows, cols))
+    // As in a row operation's gradient: a product with ones is the faster sum.
+    let ones = Tensor::full(1.0 / n as f32, (1, n), x.device())?;
+    let mean_of = |x: &Tensor| ones.matmul(x)?.flatten_all();
+    let rows = x.reshape((n, features))?.contiguous()?;
+    let mean = mean_of(&rows)?;
+    let variance = mean_of(&rows.apply_op2(&mean.neg()?, RowOp::Add)?.sqr()?)?;
+    Ok((mean, variance))
 }
 
-/// Mean and sqrt(variance + eps) of a row; the mean is zero for RMS.
-fn moments(row: &[f32], spec: &NormSpec) -> (f32, f32) {
-    let n = row.len().max(1) as f32;
-    let mean = match spec.kind {
-        NormKind::Layer => dot(row, row, |v, _| v) / n,
-        NormKind::Rms => 0.0,
-    };
-    let variance = dot(row, row, |v, _| (v - mean) * (v - mean)) / n;
-    (mean, (variance + spec.eps as f32).sqrt())
+/// Smallest and largest; None of nothing.
+fn extremes(values: impl Iterator<Item = f32>) -> Option<(f64, f64)> {
+    values.map(f64::from).fold(None, |seen, v| {
+        let (low, high) = seen.unwrap_or((v, v));
+        Some((low.min(v), high.max(v)))
+    })
 }
 
-/// Sum of f(a, b) over two rows, in lanes, so that it vectorises.
-fn dot(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
-    let mut lanes = [0f32; 16];
-    let (ca, cb) = (a.chunks_exact(16), b.chunks_exact(16));
-    let rest: f32 = ca
-        .remainder()
-        .iter()
-        .zip(cb.remainder())
-        .map(|(&a, &b)| f(a, b))
-        .sum();
-    for (a, b) in ca.zip(cb) {
-        for i in 0..16 {
-            lanes[i] += f(a[i], b[i]);
+/// Applies an elementwise `f` to x in the order in which it lies in memory, where that is a simple one: heads need not be
+/// brought together for it.
+fn as_it_lies(x: &Tensor, f: impl Fn(&Tensor) -> candle_core::Result<Tensor>) -> candle_core::Result<Tensor> {
+    if x.is_contiguous() {
+        return f(x);
+    }
+    if let Some(i) = x.rank().checked_sub(3) {
+        let turned = x.transpose(i, i + 1)?;
+        if turned.is_contiguous() {
+            return f(&turned)?.transpose(i, i + 1);
         }
     }
-    rest + lanes.iter().sum::<f32>()
-}
-
-/// The functions themselves.
-fn exact(x: &Tensor, f: Activation) -> candle_core::Result<Tensor> {
-    // The logistic function through tanh stays finite for any x.
-    let sigmoid = |x: &Tensor| x.affine(0.5, 0.0)?.tanh()?.affine(0.5, 0.5);
-    match f {
-        Activation::Gelu => x.gelu_erf(),
-        Activation::Silu => x * sigmoid(x)?,
-        Activation::Tanh => x.tanh(),
-        Activation::Sigmoid => sigmoid(x),
-        Activation::Exp => x.exp(),
-        Activation::Sin => x.sin(),
-        Activation::Cos => x.cos(),
-    }
+    f(&x.contiguous()?)
 }
 
 /// Applies `f` to x laid out as rows of its last dimension; nothing to do without elements.
@@ -421,18 +470,6 @@ fn row_op(op: &'static str, x: &Tensor, w: &Tensor, f: RowOp) -> Result<Tensor> 
     apply().map_err(wrong(op))
 }
 
-/// The elements of a contiguous operand.
-fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<&'a [f32]> {
-    match layout.contiguous_offsets() {
-        Some((start, end)) => Ok(&storage.as_slice::<f32>()?[start..end]),
-        None => candle_core::bail!("operand is not contiguous"),
-    }
-}
-
-fn width(layout: &Layout) -> usize {
-    layout.dims().last().copied().unwrap_or(1).max(1)
-}
-
 /// A row vector added to, or multiplied with, every row of a matrix.
 #[derive(Clone, Copy)]
 enum RowOp {
@@ -453,13 +490,10 @@ impl CustomOp2 for RowOp {
         lw: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
         let (x, w) = (slice(x, lx)?, slice(w, lw)?);
-        let mut y = Vec::with_capacity(x.len());
-        for row in x.chunks_exact(w.len()) {
-            match self {
-                RowOp::Add => y.extend(row.iter().zip(w).map(|(x, w)| x + w)),
-                RowOp::Mul => y.extend(row.iter().zip(w).map(|(x, w)| x * w)),
-            }
-        }
+        let y = match self {
+            RowOp::Add => float::rows(x, w, |x, w| x + w),
+            RowOp::Mul => float::rows(x, w, |x, w| x * w),
+        };
         Ok((CpuStorage::F32(y), lx.shape().clone()))
     }
 
@@ -470,17 +504,16 @@ impl CustomOp2 for RowOp {
         _: &Tensor,
         g: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        // A column sum is a product with ones, which candle does far faster than a reduction.
-        let ones = Tensor::ones((1, x.dim(0)?), x.dtype(), x.device())?;
-        let columns = |t: &Tensor| ones.matmul(t)?.flatten_all();
         let g = g.contiguous()?;
-        Ok(match self {
-            RowOp::Add => (Some(g.clone()), Some(columns(&g)?)),
-            RowOp::Mul => (
-                Some(g.apply_op2_no_bwd(&w.contiguous()?, self)?),
-                Some(columns(&(&g * x)?)?),
-            ),
-        })
+        let dx = x.track_op().then(|| match self {
+            RowOp::Add => Ok(g.clone()),
+            RowOp::Mul => g.apply_op2_no_bwd(&w.contiguous()?, self),
+        });
+        let dw = w.track_op().then(|| match self {
+            RowOp::Add => g.apply_op1_no_bwd(&Columns),
+            RowOp::Mul => (&g * x)?.apply_op1_no_bwd(&Columns),
+        });
+        Ok((dx.transpose()?, dw.transpose()?))
     }
 }
 
@@ -549,55 +582,6 @@ impl CustomOp1 for Fourier {
     }
 }
 
-/// Softmax over the last dimension.
-struct Softmax;
-
-impl CustomOp1 for Softmax {
-    fn name(&self) -> &'static str {
-        "softmax"
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, l: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let mut y = slice(x, l)?.to_vec();
-        for row in y.chunks_exact_mut(width(l)) {
-            let max = row.iter().fold(f32::NEG_INFINITY, |m, &v| m.max(v));
-            row.iter_mut().for_each(|v| *v = (*v - max).exp());
-            let inverse = 1.0 / dot(row, row, |v, _| v);
-            row.iter_mut().for_each(|v| *v *= inverse);
-        }
-        Ok((CpuStorage::F32(y), l.shape().clone()))
-    }
-
-    fn bwd(&self, _: &Tensor, y: &Tensor, g: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        Ok(Some(y.apply_op2_no_bwd(&g.contiguous()?, &SoftmaxGradient)?))
-    }
-}
-
-/// dx = y (g - sum(g y)), from y and g.
-struct SoftmaxGradient;
-
-impl CustomOp2 for SoftmaxGradient {
-    fn name(&self) -> &'static str {
-        "softmax-gradient"
-    }
-
-    fn cpu_fwd(
-        &self,
-        y: &CpuStorage,
-        ly: &Layout,
-        g: &CpuStorage,
-        lg: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (y, g, n) = (slice(y, ly)?, slice(g, lg)?, width(ly));
-        let mut dx = Vec::with_capacity(y.len());
-        for (y, g) in y.chunks_exact(n).zip(g.chunks_exact(n)) {
-            let inner = dot(y, g, |y, g| y * g);
-            dx.extend(y.iter().zip(g).map(|(y, g)| y * (g - inner)));
-        }
-        Ok((CpuStorage::F32(dx), ly.shape().clone()))
-    }
-}
-
 /// Normalisation over the last dimension.
 struct Normalize(NormSpec);
 
@@ -607,13 +591,10 @@ impl CustomOp1 for Normalize {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, l: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let x = slice(x, l)?;
-        let mut y = Vec::with_capacity(x.len());
-        for row in x.chunks_exact(width(l)) {
-            let (mean, sigma) = moments(row, &self.0);
-            let inverse = 1.0 / sigma;
-            y.extend(row.iter().map(|v| (v - mean) * inverse));
-        }
+        let (x, n) = (slice(x, l)?, width(l));
+        let y = float::build(x.len(), n, |start, out| {
+            float::normalize(&x[start..start + out.len()], out, n, &self.0);
+        });
         Ok((CpuStorage::F32(y), l.shape().clone()))
     }
 
@@ -644,16 +625,10 @@ impl CustomOp3 for NormalizeGradient {
         lg: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
         let (x, y, g, n) = (slice(x, lx)?, slice(y, ly)?, slice(g, lg)?, width(lx));
-        let mut dx = Vec::with_capacity(x.len());
-        for ((x, y), g) in x.chunks_exact(n).zip(y.chunks_exact(n)).zip(g.chunks_exact(n)) {
-            let inverse = 1.0 / moments(x, &self.0).1;
-            let mean = match self.0.kind {
-                NormKind::Layer => dot(g, g, |g, _| g) / n as f32,
-                NormKind::Rms => 0.0,
-            };
-            let inner = dot(y, g, |y, g| y * g) / n as f32;
-            dx.extend(y.iter().zip(g).map(|(y, g)| inverse * (g - mean - y * inner)));
-        }
+        let dx = float::build(x.len(), n, |start, out| {
+            let end = start + out.len();
+            float::normalize_gradient(&x[start..end], &y[start..end], &g[start..end], out, n, &self.0);
+        });
         Ok((CpuStorage::F32(dx), lx.shape().clone()))
     }
 }
@@ -664,6 +639,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::NormKind;
 
     const NORM: NormSpec = NormSpec {
         kind: NormKind::Layer,
@@ -734,8 +710,62 @@ mod tests {
         let row = ramp(&[5]);
         check_gradient(&x, |x| b.mul_weight(&b.add_weight(x, &row)?, &row));
         check_gradient(&row, |w| b.mul_weight(&b.add_weight(&x, w)?, w));
+        let positive = x.affine(0.2, 1.0).unwrap();
+        check_gradient(&positive, |x| b.reciprocal(x, (0.5, 2.0)));
+        let own = Plain::training();
+        for b in [&b, &own] {
+            check_gradient(&ramp(&[2, 3, 5]), |x| {
+                b.batch_norm(x, &row, &positive.get(0).unwrap(), 1e-3)
+            });
+        }
         check_gradient(&ramp(&[2, 3, 4]), |x| b.matmul(&b.transpose(x, 1, 2)?, x));
-        check_gradient(&ramp(&[2, 4]), |w| b.linear(&ramp(&[3, 4]), w, Some(&ramp(&[2]))));
+        let (x, w, bias) = (ramp(&[2, 3, 4]), ramp(&[2, 4]), ramp(&[2]));
+        check_gradient(&x, |x| b.linear(x, &w, Some(&bias)));
+        check_gradient(&x, |x| b.linear(x, &w, None));
+        check_gradient(&x, |x| {
+            b.linear(x, &b.weight(Owner::Public, &[2, 4], Some(&values(&w)))?, None)
+        });
+        check_gradient(&w, |w| b.linear(&x, w, Some(&bias)));
+        check_gradient(&w, |w| b.linear(&x, w, None));
+        check_gradient(&bias, |bias| b.linear(&x, &w, Some(bias)));
+        check_gradient(&x, |x| b.add(x, &b.scale(x, 0.5)?));
+        for f in [
+            Activation::Gelu,
+            Activation::Silu,
+            Activation::Sigmoid,
+            Activation::Exp,
+            Activation::Tanh,
+        ] {
+            check_gradient(&x, |x| b.activation(x, f, Range::Exact));
+        }
+    }
+
+    #[test]
+    fn heads_that_lie_side_by_side_have_the_right_products_and_gradients() {
+        let (b, x) = (Plain::new(), ramp(&[2, 3, 2 * 4]));
+        let heads = |x: &Tensor| b.transpose(&b.reshape(x, &[2, 3, 2, 4])?, 1, 2);
+        let attend = |q: &Tensor, k: &Tensor, v: &Tensor| {
+            let scores = b.matmul(&b.scale(q, 0.5)?, &b.transpose(k, 2, 3)?)?;
+            b.matmul(&b.softmax(&scores, &SoftmaxSpec { bound: 8.0 })?, v)
+        };
+        check_gradient(&x, |x| {
+            let h = heads(x)?;
+            b.reshape(&b.transpose(&attend(&h, &h, &h)?, 1, 2)?, &[2, 3, 8])
+        });
+        let h = heads(&x).unwrap();
+        let together = h.contiguous().unwrap();
+        let got = attend(&h, &h, &h).unwrap();
+        assert_near(&got, &attend(&together, &together, &together).unwrap(), 1e-6);
+        assert!(got.transpose(1, 2).unwrap().is_contiguous(), "nothing to copy");
+    }
+
+    #[test]
+    fn what_does_not_train_has_no_gradient() {
+        let (b, w) = (Plain::new(), ramp(&[2, 4]));
+        let x = Var::from_tensor(&ramp(&[3, 4])).unwrap();
+        let y = b.linear(&x, &w, None).unwrap();
+        let grads = b.mul_weight(&y, &ramp(&[2])).unwrap().backward().unwrap();
+        assert!(grads.get(&x).is_some() && grads.get(&w).is_none());
     }
 
     #[test]
@@ -766,6 +796,24 @@ mod tests {
                 assert!(((v - mean) / (variance + 1e-5).sqrt() - n).abs() < 1e-5);
             }
         }
+    }
+
+    #[test]
+    fn batch_norms_train_with_the_batch_and_serve_with_what_they_are_given() {
+        let (b, x) = (Plain::training(), tensor(&[2, 1, 2], &[1.0, -4.0, 3.0, 8.0]));
+        let (mean, variance) = (tensor(&[2], &[1.0, 0.0]), tensor(&[2], &[4.0, 16.0]));
+        let fixed = Plain::new().batch_norm(&x, &mean, &variance, 0.0).unwrap();
+        assert_near(&fixed, &tensor(&[2, 1, 2], &[0.0, -1.0, 1.0, 2.0]), 1e-6);
+        for _ in 0..2 {
+            b.rewind();
+            let y = b.batch_norm(&x, &mean, &variance, 0.0).unwrap();
+            assert_near(&y, &tensor(&[2, 1, 2], &[-1.0, -1.0, 1.0, 1.0]), 1e-6);
+            b.batch_norm(&y, &mean, &variance, 0.0).unwrap();
+        }
+        let noted = b.statistics();
+        assert_eq!(noted[0], (vec![2.0, 2.0], vec![1.0, 36.0]));
+        assert_eq!((noted.len(), &noted[1].1), (2, &vec![1.0, 1.0]));
+        assert!(Plain::new().statistics().is_empty());
     }
 
     #[test]
@@ -810,6 +858,8 @@ mod tests {
         program(b.matmul(&ramp(&[2, 2, 3]), &ramp(&[3, 3, 2])));
         program(b.add(&x, &ramp(&[2])));
         program(b.add_weight(&x, &ramp(&[4, 2, 3])));
+        program(b.batch_norm(&x, &ramp(&[3]), &ramp(&[2]), 1e-5));
+        program(Plain::training().batch_norm(&tensor(&[0, 3], &[]), &ramp(&[3]), &ramp(&[3]), 1e-5));
         program(b.sum(&x, 2));
         program(b.reshape(&x, &[4]));
         program(b.reshape(&x, &[usize::MAX, 2]));
@@ -851,16 +901,22 @@ mod tests {
             let x = b.scale(&tensor(&[1, 2], &[1.0, -1.0]), factor).unwrap();
             b.normalize(&x, &NORM).unwrap();
             b.softmax(&x, &SoftmaxSpec { bound: 8.0 }).unwrap();
+            b.reciprocal(&b.scale(&tensor(&[2], &[0.5, 4.0]), factor).unwrap(), (0.1, 20.0))
+                .unwrap();
         }
         let sites = b.sites();
-        assert_eq!(sites.len(), 2);
-        let (low, high) = sites[0].sigma.unwrap();
+        assert_eq!(sites.len(), 3);
+        assert_eq!(
+            (sites[2].verb, sites[2].range),
+            (Verb::Reciprocal, Some((0.5, 12.0)))
+        );
+        let (low, high) = sites[0].range.unwrap();
         assert!(
             (low - 1.0).abs() < 1e-4 && (high - 3.0).abs() < 1e-4,
             "{low} {high}"
         );
         assert_eq!(
-            (sites[1].verb, sites[1].input, sites[1].sigma),
+            (sites[1].verb, sites[1].input, sites[1].range),
             (Verb::Softmax, 3.0, None)
         );
         b.rewind();

@@ -58,7 +58,8 @@ pub fn plan<P: Program>(program: &P, passes: usize) -> Result<Plan> {
 fn plan_with<P: Program>(program: &P, passes: usize, comparison: Comparison) -> Result<Plan> {
     let walk = Offline::count(comparison);
     walk_all(program, &walk, passes, |_| Ok(()))?;
-    let tally = walk.tally().clone();
+    let mut tally = walk.tally().clone();
+    tally.memory = walk.memory();
     Ok(Plan {
         tally,
         program: walk.program_hash(),

@@ -120,6 +120,8 @@ fn jobs() -> Vec<Job> {
         Verb::Activation(Activation::Tanh, Range::Guarded(6.0)),
         Verb::Softmax,
         Verb::Normalize(NormKind::Layer),
+        Verb::NormalizeOfSquare(NormKind::Layer),
+        Verb::ReluOfFineSquare,
         Verb::Identity,
     ];
     let shared = verbs.into_iter().map(|verb| Job::new(verb).dims(&DIMS));
@@ -129,8 +131,13 @@ fn jobs() -> Vec<Job> {
         .map(|verb| Job::new(verb).dims(&DIMS).by(Comparison::MaskedBits));
     let owned = [Party::P0, Party::P1].into_iter().flat_map(|p| {
         let linear = Job::new(Verb::Linear).dims(&[64, 16]);
+        let fine = Job::new(Verb::FineLinear).dims(&[64, 16]);
         let gelu = Job::new(Verb::Activation(Activation::Gelu, Range::Within(6.4))).dims(&DIMS);
-        [linear.of(Owner::Party(p)), gelu.of(Owner::Party(p))]
+        [
+            linear.of(Owner::Party(p)),
+            gelu.of(Owner::Party(p)),
+            fine.of(Owner::Party(p)),
+        ]
     });
     shared.chain(bits).chain(owned).collect()
 }

@@ -4,8 +4,11 @@
 
 mod world;
 
-use veiltune_engine::session::{self, Plan};
-use veiltune_engine::{Activation, Comparison, NormKind, Owner, Party, Range};
+use veiltune_engine::session::{self, Plan, Program};
+use veiltune_engine::{
+    Activation, Backend, Comparison, Fixed, NormKind, NormSpec, Owner, Party, Plain, Range, Result, Revealed,
+};
+use veiltune_ring::prg::{Prg, Seed};
 use veiltune_wire::Network;
 use world::{Job, Verb};
 
@@ -49,8 +52,9 @@ fn products() {
 
 #[test]
 fn truncations_and_reveal() {
-    // x, x^2 for the truncation, then both factors; three products, and 8 bytes and 16 bits for the truncation.
-    costs(Job::new(Verb::Fourth), 3, [32 * N, 32 * N], [0, 24 * N + 10 * N]);
+    // x, then x^2 for the truncation and the other factor; three products, 8 bytes and 16 bits for the truncation, 16 bits for
+    // its carry in the last product.
+    costs(Job::new(Verb::Fourth), 2, [24 * N, 24 * N], [0, 24 * N + 12 * N]);
     // Faithful: the opening, 10 bytes, and a key of 16 bits to both. The other party's share is the reveal.
     let [with, without] =
         [Job::new(Verb::Square), Job::new(Verb::Square).unrevealed()].map(|job| plan(&job).tally.total());
@@ -89,6 +93,13 @@ fn comparisons() {
         7,
         [16 * N + (15 + 8 + 3 + 2) * BIT + BIT; 2],
         [0, 8 * N + 11 * 15 * BIT + (10 + 5 + 2 + 1) * BIT + 16 * N],
+    );
+    // 61 bits, of a product of 49 fractional bits: truncated by 33 on the same opening.
+    costs(
+        Job::new(Verb::ReluOfFineSquare).by(fss),
+        3,
+        [8 * 3 * N + BIT; 2],
+        [880 * N, 8 * N + (880 + 24) * N + 2 * 33 * N / 8],
     );
     // Levels of 64, 32, 16 and 8 pairs: 120 comparisons without selection, as many products, and 112 to select with. One
     // bit each of 120, and with masked bits one word a plane, whatever it holds.
@@ -156,39 +167,49 @@ fn activations() {
 
 #[test]
 fn normalisations() {
-    // Centring: a row's sum opened and truncated by 20 bits. Then the inverse root and the product.
-    let inverse = |value_bits: u64, cuts: [u64; 2]| {
-        let key = 24 * (value_bits - 2) + 32;
-        // Opens v, its coarse copy, the slope, the result; two truncations and a product.
-        (
-            8 * 4 * ROWS,
-            key * ROWS,
-            (8 + 8 + 8) * ROWS + cuts.map(|bits| (bits * ROWS).div_ceil(8)).iter().sum::<u64>(),
-        )
+    // The inverse of a value of so many bits (coarse), truncated by `cut` bits, and the product with it: opens v and the line's
+    // result; deals a key of a pair, the low mask, the truncation, and for each element a product and its carry.
+    let inverse = |value_bits: u64, cut: u64| {
+        let key = 32 * (value_bits - 2) + 64;
+        let second = (8 + 8) * ROWS + cut * ROWS / 8 + 8 * N + cut * N / 8;
+        (16 * ROWS, key * ROWS, second)
     };
-    let (online, both, second) = inverse(42, [17, 24]);
+    let (online, both, second) = inverse(25, 24);
+    // The row itself, and the sum of its squares.
+    let (online, second) = (8 * N + online, second + 8 * ROWS);
     costs(
         Job::new(Verb::Normalize(NormKind::Rms)),
-        5,
-        [8 * N + online + 8 * ROWS; 2],
-        [both, both + 2 * 8 * N + second],
+        3,
+        [online; 2],
+        [both, both + second],
     );
+    // The mean, truncated by 20 bits; its carry in the sum of squares and in the product.
+    let mean = |cut: u64| 8 * ROWS + 3 * cut * ROWS / 8;
     costs(
         Job::new(Verb::Normalize(NormKind::Layer)),
-        6,
-        [8 * N + 8 * ROWS + online + 8 * ROWS; 2],
-        [both, both + 2 * 8 * N + second + 8 * ROWS + 20 * ROWS / 8],
+        3,
+        [online; 2],
+        [both, both + second + mean(20)],
+    );
+    // After a product (of 8 bytes an element opened and dealt), the row is truncated by 16 bits; its carry is in the squares
+    // and in the product too.
+    let (product, row) = (8 * N, 8 * N + 3 * 16 * N / 8);
+    costs(
+        Job::new(Verb::NormalizeOfSquare(NormKind::Layer)),
+        4,
+        [8 * N + online; 2],
+        [both, both + product + row + second + mean(36)],
     );
     // Buckets of 21 bits opened and 32 one-byte counters dealt, 31 suffixes a row opened and given a key of 128 bytes; the
-    // exponential of 22 bits with 16 harmonics; the inverse; the product.
-    let (online, both, second) = inverse(48, [21, 24]);
+    // exponential of 22 bits with 16 harmonics, opened; the inverse and the product.
+    let (online, both, second) = inverse(25, 22);
     costs(
         Job::new(Verb::Softmax),
-        7,
-        [21 * N / 8 + 31 * ROWS + 22 * N / 8 + 8 * N + online + 8 * ROWS; 2],
+        5,
+        [21 * N / 8 + 31 * ROWS + 22 * N / 8 + 8 * N + online; 2],
         [
             31 * 128 * ROWS + both,
-            32 * N + 31 * 128 * ROWS + 16 * 16 * N + both + second + 8 * N,
+            32 * N + 31 * 128 * ROWS + 16 * 16 * N + both + second,
         ],
     );
 }
@@ -219,4 +240,192 @@ fn the_network_decides_how_to_compare() {
         choose(&small.by(Comparison::MaskedBits), &Network::WAN),
         Comparison::Fss
     );
+}
+
+/// The adapter of a vision transformer for its class token alone: the client's hidden states, the provider's weights.
+struct Adapter {
+    tokens: usize,
+    width: usize,
+    rank: usize,
+    classes: usize,
+    kind: NormKind,
+    /// The first party's hidden states; the second party's weights. Both in the clear.
+    known: [bool; 2],
+}
+
+impl Adapter {
+    /// At the shapes of ViT-B.
+    fn base(rank: usize, kind: NormKind) -> Adapter {
+        Adapter {
+            tokens: 197,
+            width: 768,
+            rank,
+            classes: 100,
+            kind,
+            known: [false; 2],
+        }
+    }
+
+    fn small(known: [bool; 2]) -> Adapter {
+        Adapter {
+            tokens: 9,
+            width: 24,
+            rank: 16,
+            classes: 5,
+            kind: NormKind::Layer,
+            known,
+        }
+    }
+
+    /// Uniform values of variance `variance`.
+    fn values(&self, party: usize, slot: u16, dims: &[usize], variance: f64) -> Option<Vec<f32>> {
+        let words = Prg::new(&Seed::from_bytes([11; 16]), party as u64, slot).vec(dims.iter().product());
+        let size = (3.0 * variance).sqrt() / 2f64.powi(63);
+        self.known[party].then(|| {
+            words
+                .into_iter()
+                .map(|w| (w as i64 as f64 * size) as f32)
+                .collect()
+        })
+    }
+}
+
+impl Program for Adapter {
+    type Model<B: Backend> = Vec<B::Weight>;
+
+    fn load<B: Backend>(&self, b: &B) -> Result<Vec<B::Weight>> {
+        let (n, d, r) = (self.tokens, self.width, self.rank);
+        let dims = [
+            [r, d],
+            [r + 1, r],
+            [n, n],
+            [r, r + 1],
+            [r, r],
+            [r, r],
+            [d, r],
+            [self.classes, d],
+        ];
+        let weight = |(i, dims): (usize, &[usize; 2])| {
+            // Scores are not normalised: small queries keep what they mix in range.
+            let size = if i == 1 { 0.02 } else { 1.0 };
+            let values = self.values(1, i as u16, dims, size / dims[1] as f64);
+            b.weight(Owner::Party(Party::P1), dims, values.as_deref())
+        };
+        dims.iter().enumerate().map(weight).collect()
+    }
+
+    fn forward<B: Backend>(&self, b: &B, w: &Vec<B::Weight>, _: usize) -> Result<Option<Revealed>> {
+        let norm = NormSpec {
+            kind: self.kind,
+            eps: 1e-6,
+            sigma: (0.5, 4.0),
+        };
+        b.layer("down");
+        let dims = [1, self.tokens, self.width];
+        let u = b.input(
+            Owner::Party(Party::P0),
+            &dims,
+            self.values(0, 0, &dims, 2.0).as_deref(),
+        )?;
+        let x = b.linear(&u, &w[0], None)?;
+        b.layer("norm1");
+        let normal = b.normalize(&x, &norm)?;
+        b.layer("attention");
+        b.prepare(&[&normal])?;
+        let query = b.linear(&b.narrow(&normal, 1, 0, 1)?, &w[1], None)?;
+        let scores = b.matmul(&b.narrow(&query, 2, 0, self.rank)?, &b.transpose(&normal, 1, 2)?)?;
+        let scores = b.add(&scores, &b.narrow(&query, 2, self.rank, 1)?)?;
+        let shares = b.linear(&scores, &w[2], None)?;
+        let rows = b.cat(&[&b.matmul(&shares, &normal)?, &b.sum(&shares, 2)?], 2)?;
+        let x = b.add(&b.narrow(&x, 1, 0, 1)?, &b.linear(&rows, &w[3], None)?)?;
+        b.layer("norm2");
+        let normal = b.normalize(&x, &norm)?;
+        b.layer("mlp");
+        let hidden = b.relu(&b.linear(&normal, &w[4], None)?)?;
+        let x = b.add(&x, &b.linear(&hidden, &w[5], None)?)?;
+        b.layer("up");
+        let u = b.add(&b.narrow(&u, 1, 0, 1)?, &b.linear(&x, &w[6], None)?)?;
+        b.layer("norm");
+        let normal = b.normalize(&u, &norm)?;
+        b.layer("head");
+        b.reveal(&b.linear(&normal, &w[7], None)?, Party::P0)
+    }
+}
+
+#[test]
+fn layers_of_an_adapter() {
+    let rounds = |kind| {
+        let tally = session::plan(&Adapter::base(240, kind), 1).expect("a plan").tally;
+        tally
+            .layers()
+            .map(|(name, c)| (name.to_owned(), c.rounds))
+            .collect::<Vec<_>>()
+    };
+    let expected = |last| {
+        let names = ["down", "norm1", "attention", "norm2", "mlp", "up", "norm", "head"];
+        let rounds = [1, 3, 5, 3, 4, 1, last, 3];
+        names
+            .map(str::to_owned)
+            .into_iter()
+            .zip(rounds)
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(rounds(NormKind::Rms), expected(3));
+    assert_eq!(rounds(NormKind::Layer), expected(4));
+
+    let tally = session::plan(&Adapter::base(300, NormKind::Rms), 3)
+        .expect("a plan")
+        .tally;
+    let total = tally.total();
+    assert_eq!(total.rounds, 3 * 23);
+    let sum = |f: fn(&veiltune_engine::Cost) -> u64| tally.layers().map(|(_, c)| f(c)).sum::<u64>();
+    assert_eq!(sum(|c| c.rounds), total.rounds);
+    for (parts, whole) in [
+        (
+            [sum(|c| c.online_bytes[0]), sum(|c| c.online_bytes[1])],
+            total.online_bytes,
+        ),
+        (
+            [sum(|c| c.dealer_bytes[0]), sum(|c| c.dealer_bytes[1])],
+            total.dealer_bytes,
+        ),
+        ([sum(|c| c.macs[0]), sum(|c| c.macs[1])], total.macs),
+    ] {
+        assert_eq!(parts, whole);
+    }
+    // What is opened, both ways, once a pass.
+    let online = total.online_bytes.iter().sum::<u64>();
+    assert!(online <= 3 * 3_200_000, "{online}");
+}
+
+#[test]
+fn an_adapter_runs_as_counted() {
+    let seeds = [1, 2].map(|b| Seed::from_bytes([b; 16]));
+    let programs = [[true, false], [false, true]].map(Adapter::small);
+    let run = session::run_local(programs.each_ref(), 1, seeds.clone(), Default::default()).expect("a run");
+    let total = run.plan.tally.total();
+    for (i, report) in run.reports.iter().enumerate() {
+        assert_eq!(
+            (report.online_meter.rounds, report.online_meter.sent),
+            (24, total.online_bytes[i])
+        );
+        assert_eq!(report.dealer_bytes, total.dealer_bytes[i]);
+    }
+    let all = Adapter::small([true; 2]);
+    let fixed = Fixed::with_seeds(seeds);
+    let expected = all
+        .forward(&fixed, &all.load(&fixed).expect("weights"), 0)
+        .expect("in range");
+    assert_eq!(run.outputs, [vec![expected.clone()], vec![None]]);
+    let plain = all
+        .forward(&Plain::new(), &all.load(&Plain::new()).expect("weights"), 0)
+        .expect("plain");
+    let logits = plain
+        .into_iter()
+        .chain(expected)
+        .map(|r| r.values)
+        .collect::<Vec<_>>();
+    for (a, b) in logits[0].iter().zip(&logits[1]) {
+        assert!((a - b).abs() < 5e-3, "{logits:?}");
+    }
 }

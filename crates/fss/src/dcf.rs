@@ -6,7 +6,10 @@
 //! `x` which leaves the path at bit `j` has collected `beta * alpha_j`. Four ring elements hang below each node of the
 //! last level, for the last two bits.
 //!
-//! AES calls: `2 * max(bits - 2, 0) + 1` a point, `4 * max(bits - 2, 0) + 4` to deal a key.
+//! A key of a pair carries two payloads at once: the second takes the half of each inner node's hash that the first leaves,
+//! and blocks of its own below the last level.
+//!
+//! AES calls: `2 * max(bits - 2, 0) + 1` a point, one more for a pair, `4 * max(bits - 2, 0) + 4` to deal a key.
 
 use crate::hash::{Cipher, LANES, with_cipher};
 use crate::tree::{
@@ -22,8 +25,23 @@ const WORD: usize = 8;
 
 /// Correction bytes of one key: `24 * (bits - 2) + 32` for `bits >= 2`, and 16 for one bit.
 pub const fn key_bytes(bits: u32) -> usize {
+    bytes::<1>(bits)
+}
+
+/// Correction bytes of one key of a pair: `32 * (bits - 2) + 64` for `bits >= 2`, and 32 for one bit.
+pub const fn pair_key_bytes(bits: u32) -> usize {
+    bytes::<2>(bits)
+}
+
+const fn bytes<const W: usize>(bits: u32) -> usize {
     let shape = shape(bits);
-    shape.bytes() + WORD * shape.levels as usize
+    values::<W>(bits) + W * WORD * shape.levels as usize
+}
+
+/// Where the corrections of the inner nodes' values start: after those of the tree and of each payload's leaf.
+const fn values<const W: usize>(bits: u32) -> usize {
+    let shape = shape(bits);
+    shape.bytes() + BLOCK * (W - 1) * shape.blocks
 }
 
 /// Deals one key for each `alpha` below `2^bits`, with the payload `beta`. `roots[party]` holds one uniform seed a key.
@@ -49,6 +67,20 @@ pub fn generate_into(
     roots: [&[Block]; 2],
     keys: &mut [u8],
 ) -> Result<()> {
+    with_cipher!(cipher => generate_with(cipher, bits, alphas, betas.as_chunks::<1>().0, roots, keys))
+}
+
+/// As [`generate_into`], with two payloads a key and `alphas.len() * pair_key_bytes(bits)` bytes.
+///
+/// # Errors
+/// As [`generate_into`].
+pub fn generate_pairs_into(
+    bits: u32,
+    alphas: &[u64],
+    betas: &[[u64; 2]],
+    roots: [&[Block]; 2],
+    keys: &mut [u8],
+) -> Result<()> {
     with_cipher!(cipher => generate_with(cipher, bits, alphas, betas, roots, keys))
 }
 
@@ -65,6 +97,24 @@ pub fn evaluate(
     points_per_key: usize,
     xs: &[u64],
 ) -> Result<Vec<u64>> {
+    with_cipher!(cipher => {
+        let shares = evaluate_with::<_, 1>(cipher, party, bits, roots, keys, points_per_key, xs);
+        shares.map(Vec::into_flattened)
+    })
+}
+
+/// As [`evaluate`], for keys of pairs: both payloads' shares at each point.
+///
+/// # Errors
+/// As [`evaluate`].
+pub fn evaluate_pairs(
+    party: usize,
+    bits: u32,
+    roots: &[Block],
+    keys: &[u8],
+    points_per_key: usize,
+    xs: &[u64],
+) -> Result<Vec<[u64; 2]>> {
     with_cipher!(cipher => evaluate_with(cipher, party, bits, roots, keys, points_per_key, xs))
 }
 
@@ -77,11 +127,23 @@ fn block(x: u64) -> usize {
     (x >> 1 & 1) as usize
 }
 
-pub(crate) fn generate_with<C: Cipher>(
+/// The half of an inner node's hash that payload `w` takes.
+#[inline(always)]
+fn inner(h: Block, w: usize) -> u64 {
+    (h >> (64 * w)) as u64
+}
+
+/// Added to a seed before it is hashed into block `block` of payload `w`'s leaf.
+#[inline(always)]
+fn tweak(w: usize, block: usize) -> Block {
+    LEAF[block] << (2 * w)
+}
+
+pub(crate) fn generate_with<C: Cipher, const W: usize>(
     cipher: C,
     bits: u32,
     alphas: &[u64],
-    betas: &[u64],
+    betas: &[[u64; W]],
     roots: [&[Block]; 2],
     keys: &mut [u8],
 ) -> Result<()> {
@@ -90,7 +152,7 @@ pub(crate) fn generate_with<C: Cipher>(
     tree::deal(
         cipher,
         bits,
-        key_bytes(bits),
+        bytes::<W>(bits),
         alphas,
         roots,
         keys,
@@ -100,40 +162,50 @@ pub(crate) fn generate_with<C: Cipher>(
 }
 
 #[inline(always)]
-fn generate_group<C: Cipher>(mut deal: Deal<C>, bits: u32, alphas: &[u64], betas: &[u64], keys: &mut [u8]) {
+fn generate_group<C: Cipher, const W: usize>(
+    mut deal: Deal<C>,
+    bits: u32,
+    alphas: &[u64],
+    betas: &[[u64; W]],
+    keys: &mut [u8],
+) {
     let shape = shape(bits);
     let path = by_bit(alphas);
     // What the path to alpha has collected so far.
-    let mut sums = [0; LANES];
+    let mut sums = [[0; W]; LANES];
     for level in 0..shape.levels as usize {
         let right = path[bits as usize - 1 - level];
         let h = deal.hashes(LEAF[0]);
-        for (lane, key) in keys.chunks_exact_mut(key_bytes(bits)).enumerate() {
-            let target = betas[lane] & (right >> lane & 1).wrapping_neg();
-            let (h0, h1) = (h[0].0[lane] as u64, h[1].0[lane] as u64);
-            let cw = deal.correct(lane, h0, h1, target.wrapping_sub(sums[lane]));
-            key[shape.bytes()..].as_chunks_mut::<WORD>().0[level] = cw.to_le_bytes();
-            sums[lane] = target;
+        for (lane, key) in keys.chunks_exact_mut(bytes::<W>(bits)).enumerate() {
+            let key = key[values::<W>(bits)..].as_chunks_mut::<WORD>().0;
+            for w in 0..W {
+                let target = betas[lane][w] & (right >> lane & 1).wrapping_neg();
+                let (h0, h1) = (inner(h[0].0[lane], w), inner(h[1].0[lane], w));
+                let cw = deal.correct(lane, h0, h1, target.wrapping_sub(sums[lane][w]));
+                key[W * level + w] = cw.to_le_bytes();
+                sums[lane][w] = target;
+            }
         }
         let cw = deal.descend(right);
-        for (lane, key) in keys.chunks_exact_mut(key_bytes(bits)).enumerate() {
+        for (lane, key) in keys.chunks_exact_mut(bytes::<W>(bits)).enumerate() {
             key.as_chunks_mut::<BLOCK>().0[level] = cw.0[lane].to_le_bytes();
         }
     }
-    for (index, tweak) in LEAF.into_iter().enumerate().take(shape.blocks) {
-        let h = deal.hashes(tweak);
-        for (lane, key) in keys.chunks_exact_mut(key_bytes(bits)).enumerate() {
+    for (w, index) in (0..W).flat_map(|w| (0..shape.blocks).map(move |index| (w, index))) {
+        let h = deal.hashes(tweak(w, index));
+        for (lane, key) in keys.chunks_exact_mut(bytes::<W>(bits)).enumerate() {
             let value = |x: u64| {
                 let below = u64::from(x < alphas[lane] & 3).wrapping_neg();
-                (betas[lane] & below).wrapping_sub(sums[lane])
+                (betas[lane][w] & below).wrapping_sub(sums[lane][w])
             };
             let cw = deal.correct_block(lane, &h, [value(2 * index as u64), value(2 * index as u64 + 1)]);
-            key.as_chunks_mut::<BLOCK>().0[shape.levels as usize + index] = cw.to_le_bytes();
+            let place = shape.levels as usize + w * shape.blocks + index;
+            key.as_chunks_mut::<BLOCK>().0[place] = cw.to_le_bytes();
         }
     }
 }
 
-pub(crate) fn evaluate_with<C: Cipher>(
+pub(crate) fn evaluate_with<C: Cipher, const W: usize>(
     cipher: C,
     party: usize,
     bits: u32,
@@ -141,14 +213,14 @@ pub(crate) fn evaluate_with<C: Cipher>(
     keys: &[u8],
     points_per_key: usize,
     xs: &[u64],
-) -> Result<Vec<u64>> {
+) -> Result<Vec<[u64; W]>> {
     check_party(party)?;
     check_bits(bits, MAX_BITS)?;
     check_range("xs", xs, bits)?;
     check_length("xs", xs.len(), roots.len().saturating_mul(points_per_key))?;
-    let bytes = key_bytes(bits);
+    let bytes = bytes::<W>(bits);
     check_length("keys", keys.len(), roots.len() * bytes)?;
-    let mut out = vec![0; xs.len()];
+    let mut out = vec![[0; W]; xs.len()];
     parallel(&mut out, LANES, |group, out| {
         let first = LANES * group;
         let xs = &xs[first..first + out.len()];
@@ -177,21 +249,33 @@ pub(crate) fn evaluate_with<C: Cipher>(
 }
 
 #[inline(always)]
-fn evaluate_group<C: Cipher>(mut walk: Walk<C>, party: usize, bits: u32, xs: &[u64], out: &mut [u64]) {
+fn evaluate_group<C: Cipher, const W: usize>(
+    mut walk: Walk<C>,
+    party: usize,
+    bits: u32,
+    xs: &[u64],
+    out: &mut [[u64; W]],
+) {
     let shape = shape(bits);
     let path = by_bit(xs);
     for level in 0..shape.levels as usize {
         let h = walk.hashes(xs, |_| LEAF[0]);
         for (lane, out) in out.iter_mut().enumerate() {
-            *out = out
-                .wrapping_add(h.0[lane] as u64)
-                .wrapping_add(walk.value(lane, shape.bytes() + WORD * level));
+            for (w, out) in out.iter_mut().enumerate() {
+                let place = values::<W>(bits) + WORD * (W * level + w);
+                *out = out
+                    .wrapping_add(inner(h.0[lane], w))
+                    .wrapping_add(walk.value(lane, place));
+            }
         }
         walk.descend(level, path[bits as usize - 1 - level]);
     }
-    let h = walk.hashes(xs, |x| LEAF[block(x)]);
-    for (lane, (out, x)) in out.iter_mut().zip(xs).enumerate() {
-        let leaf = walk.element(lane, &h, shape.levels as usize + block(*x), *x);
-        *out = negate_if(party == 1, out.wrapping_add(leaf));
+    for w in 0..W {
+        let h = walk.hashes(xs, |x| tweak(w, block(x)));
+        for (lane, (out, x)) in out.iter_mut().zip(xs).enumerate() {
+            let place = shape.levels as usize + w * shape.blocks + block(*x);
+            let leaf = walk.element(lane, &h, place, *x);
+            out[w] = negate_if(party == 1, out[w].wrapping_add(leaf));
+        }
     }
 }

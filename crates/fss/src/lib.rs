@@ -8,7 +8,7 @@
 //! | [`cmp`]   | the bit `1{x < alpha}` (XOR)                                         | `16 * (bits - 6)`          |
 //! | [`dpf`]   | `1{x == alpha}` in Z_{2^64}                                          | `16 * bits`                |
 //! | [`table`] | `sum_j 1{j == alpha} * T[j + offset]` in Z_{2^64}, for public tables | `16 * bits`                |
-//! | [`dcf`]   | `beta * 1{x < alpha}` in Z_{2^64}, at many points a key              | `24 * (bits - 2) + 32`     |
+//! | [`dcf`]   | `beta * 1{x < alpha}` in Z_{2^64}, at many points a key              | `24 * (bits - 2) + 32`, of a pair of `beta` `32 * (bits - 2) + 64` |
 //!
 //! # Keys
 //! Keys come in batches. A batch is one flat byte string of correction words, key after key, **identical for both

@@ -96,6 +96,29 @@ fn dcf_is_right_on_all_of_small_domains() {
 }
 
 #[test]
+fn pairs_of_a_dcf_are_right_on_all_of_small_domains() {
+    for bits in 1..=8 {
+        let alphas: Vec<u64> = (0..1 << bits).collect();
+        let betas: Vec<[u64; 2]> = alphas
+            .iter()
+            .map(|a| [1, (a + 1).wrapping_mul(0x9e3779b97f4a7c15)])
+            .collect();
+        let xs = pairs(bits).1;
+        let roots = roots(alphas.len(), u64::from(bits));
+        let mut keys = vec![0; alphas.len() * dcf::pair_key_bytes(bits)];
+        dcf::generate_pairs_into(bits, &alphas, &betas, slices(&roots), &mut keys).unwrap();
+        let y = [0, 1].map(|p| dcf::evaluate_pairs(p, bits, &roots[p], &keys, 1 << bits, &xs).unwrap());
+        for (i, x) in xs.iter().enumerate() {
+            let alpha = i >> bits;
+            let expected = if *x < alphas[alpha] { betas[alpha] } else { [0, 0] };
+            let sum = [0, 1].map(|w| y[0][i][w].wrapping_add(y[1][i][w]));
+            assert_eq!(sum, expected, "bits {bits}: {x} < {alpha}");
+        }
+    }
+    assert_eq!([1, 2, 40].map(dcf::pair_key_bytes), [32, 64, 32 * 38 + 64]);
+}
+
+#[test]
 fn table_is_right_on_all_of_small_domains() {
     for bits in 1..=6 {
         let (alphas, offsets) = pairs(bits);
@@ -200,6 +223,9 @@ fn keys_and_shares_look_uniform() {
     even_keys("dpf", &dpfs);
     let dcfs = dcf::generate(bits, &alphas, &alphas, slices(&roots)).unwrap();
     even_keys("dcf", &dcfs);
+    let mut paired = vec![0; n * dcf::pair_key_bytes(bits)];
+    dcf::generate_pairs_into(bits, &alphas, &vec![[1, 1234]; n], slices(&roots), &mut paired).unwrap();
+    even_keys("dcf of pairs", &paired);
     for party in [0, 1] {
         let roots = &roots[party];
         let y = cmp::evaluate(party, bits, roots, &cmps, &xs).unwrap();
@@ -211,6 +237,11 @@ fn keys_and_shares_look_uniform() {
             "a point",
             &mut dpf::evaluate(party, bits, roots, &dpfs, &xs).unwrap().into_iter(),
         );
+        let y = dcf::evaluate_pairs(party, bits, roots, &paired, 1, &xs).unwrap();
+        for w in 0..2 {
+            even("a dcf of pairs", &mut y.iter().map(|y| y[w]));
+        }
+        even("both of a pair", &mut y.iter().map(|y| y[0] ^ y[1]));
         even(
             "a dcf",
             &mut dcf::evaluate(party, bits, roots, &dcfs, 1, &xs)
@@ -353,14 +384,27 @@ proptest! {
 
         let keys = dcf::generate(bits, &alphas, &betas, slices(&roots)).unwrap();
         let mut twin = vec![0; keys.len()];
-        dcf::generate_with(Portable, bits, &alphas, &betas, slices(&roots), &mut twin).unwrap();
+        dcf::generate_with(Portable, bits, &alphas, betas.as_chunks::<1>().0, slices(&roots), &mut twin).unwrap();
         prop_assert_eq!(&twin, &keys);
         let twice: Vec<u64> = xs.iter().zip(&alphas).flat_map(|(x, a)| [*x, a.saturating_sub(1)]).collect();
         let y = [0, 1].map(|p| dcf::evaluate(p, bits, &roots[p], &keys, 2, &twice).unwrap());
-        prop_assert_eq!(&dcf::evaluate_with(Portable, 0, bits, &roots[0], &keys, 2, &twice).unwrap(), &y[0]);
+        prop_assert_eq!(&dcf::evaluate_with::<_, 1>(Portable, 0, bits, &roots[0], &keys, 2, &twice).unwrap().into_flattened(), &y[0]);
         for i in 0..twice.len() {
             let expected = if twice[i] < alphas[i / 2] { betas[i / 2] } else { 0 };
             prop_assert_eq!(y[0][i].wrapping_add(y[1][i]), expected);
+        }
+
+        let betas: Vec<[u64; 2]> = betas.iter().zip(&alphas).map(|(b, a)| [*b, *a]).collect();
+        let mut keys = vec![0; alphas.len() * dcf::pair_key_bytes(bits)];
+        let mut twin = keys.clone();
+        dcf::generate_pairs_into(bits, &alphas, &betas, slices(&roots), &mut keys).unwrap();
+        dcf::generate_with(Portable, bits, &alphas, &betas, slices(&roots), &mut twin).unwrap();
+        prop_assert_eq!(&twin, &keys);
+        let y = [0, 1].map(|p| dcf::evaluate_pairs(p, bits, &roots[p], &keys, 2, &twice).unwrap());
+        prop_assert_eq!(&dcf::evaluate_with(Portable, 1, bits, &roots[1], &keys, 2, &twice).unwrap(), &y[1]);
+        for i in 0..twice.len() {
+            let expected = if twice[i] < alphas[i / 2] { betas[i / 2] } else { [0, 0] };
+            prop_assert_eq!([0, 1].map(|w| y[0][i][w].wrapping_add(y[1][i][w])), expected);
         }
     }
 

@@ -27,6 +27,14 @@ pub enum Error {
         /// What is wrong.
         detail: String,
     },
+    /// A model is not on this machine, and could not be had from the model hub.
+    #[error("{model}: {detail}")]
+    Hub {
+        /// The name that was asked for.
+        model: String,
+        /// Why, and what to do.
+        detail: String,
+    },
     /// A tensor is not in the checkpoint.
     #[error("{file}: no tensor {name}")]
     Missing {

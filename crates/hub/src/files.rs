@@ -1,7 +1,7 @@
 //! Whole files: bounded reading, atomic writing.
 
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::path::Path;
 
 use serde::{Serialize, de::DeserializeOwned};
@@ -34,8 +34,14 @@ pub fn read(path: &Path, limit: u64) -> Result<Vec<u8>> {
     }
 }
 
-/// Writes a file so that at any moment either the old or the complete new content is there.
+/// Writes a file so that at any moment either the old or the complete new content is there, whatever fails: a full disk,
+/// or a process that is killed.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
+    write_atomic_with(path, |out| out.write_all(bytes))
+}
+
+/// As [`write_atomic`], for content that `fill` writes piece by piece. If that fails, nothing stays behind.
+pub fn write_atomic_with(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
     let dir = path
         .parent()
         .filter(|p| !p.as_os_str().is_empty())
@@ -45,7 +51,7 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
         .prefix(".partial-")
         .tempfile_in(dir)
         .map_err(Error::io(dir))?;
-    file.write_all(bytes)
+    fill(&mut file)
         .and_then(|()| file.as_file().sync_all())
         .map_err(Error::io(path))?;
     readable(file.as_file()).map_err(Error::io(path))?;
@@ -55,13 +61,13 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
 
 /// Temporary files are private to their user; what is published is not.
 #[cfg(unix)]
-fn readable(file: &File) -> std::io::Result<()> {
+fn readable(file: &File) -> io::Result<()> {
     use std::os::unix::fs::PermissionsExt;
     file.set_permissions(fs::Permissions::from_mode(0o644))
 }
 
 #[cfg(not(unix))]
-fn readable(_: &File) -> std::io::Result<()> {
+fn readable(_: &File) -> io::Result<()> {
     Ok(())
 }
 
@@ -98,6 +104,28 @@ mod tests {
             1,
             "no temporary file stays"
         );
+    }
+
+    #[test]
+    fn a_full_disk_leaves_the_old_file_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("weights");
+        // A disk that has room for 1000 bytes.
+        let fill = |out: &mut dyn Write| {
+            out.write_all(&[7; 1000])?;
+            Err(io::ErrorKind::StorageFull.into())
+        };
+        let names = || -> Vec<_> {
+            let entries = fs::read_dir(dir.path()).unwrap();
+            entries.map(|e| e.unwrap().file_name()).collect()
+        };
+        let text = write_atomic_with(&path, fill).unwrap_err().to_string();
+        assert!(text.contains("weights"), "{text}");
+        assert!(names().is_empty());
+        write_atomic(&path, b"old").unwrap();
+        assert!(write_atomic_with(&path, fill).is_err());
+        assert_eq!(names(), ["weights"]);
+        assert_eq!(read(&path, 10).unwrap(), b"old");
     }
 
     #[test]

@@ -11,7 +11,7 @@ use crate::{Error, Result, files};
 /// Largest picture file, bytes.
 const MAX_FILE: u64 = 64 << 20;
 /// Largest side of a picture, pixels.
-const MAX_SIDE: u32 = 8192;
+pub(crate) const MAX_SIDE: u32 = 8192;
 /// Most memory a decoder may take, bytes.
 const MAX_MEMORY: u64 = 256 << 20;
 
@@ -56,6 +56,32 @@ pub enum Filter {
     Bicubic,
 }
 
+impl From<Filter> for FilterType {
+    fn from(filter: Filter) -> Self {
+        match filter {
+            Filter::Bilinear => FilterType::Triangle,
+            Filter::Bicubic => FilterType::CatmullRom,
+        }
+    }
+}
+
+/// Reads and decodes a PNG or JPEG file, within bounds.
+pub(crate) fn load(path: &Path) -> Result<DynamicImage> {
+    decode(&path.to_string_lossy(), &files::read(path, MAX_FILE)?)
+}
+
+fn decode(file: &str, bytes: &[u8]) -> Result<DynamicImage> {
+    let bad = |e: image::ImageError| Error::corrupt(file, format!("not a usable PNG or JPEG image: {e}"));
+    let mut reader = ImageReader::new(std::io::Cursor::new(bytes))
+        .with_guessed_format()
+        .map_err(|e| bad(image::ImageError::IoError(e)))?;
+    let mut limits = Limits::default();
+    (limits.max_image_width, limits.max_image_height) = (Some(MAX_SIDE), Some(MAX_SIDE));
+    limits.max_alloc = Some(MAX_MEMORY);
+    reader.limits(limits);
+    reader.decode().map_err(bad)
+}
+
 impl Preprocess {
     /// The scaling that the fields imply: bilinear, to the size of the input.
     pub fn fit(&self) -> Fit {
@@ -86,21 +112,21 @@ impl Preprocess {
     /// As [`Preprocess::decode`], scaled as `fit` says.
     pub fn decode_fitted(&self, file: &str, bytes: &[u8], fit: Fit) -> Result<Vec<f32>> {
         self.check(file, fit)?;
-        let bad = |e: image::ImageError| Error::corrupt(file, format!("not a usable PNG or JPEG image: {e}"));
-        let mut reader = ImageReader::new(std::io::Cursor::new(bytes))
-            .with_guessed_format()
-            .map_err(|e| bad(image::ImageError::IoError(e)))?;
-        let mut limits = Limits::default();
-        (limits.max_image_width, limits.max_image_height) = (Some(MAX_SIDE), Some(MAX_SIDE));
-        limits.max_alloc = Some(MAX_MEMORY);
-        reader.limits(limits);
-        let picture = reader.decode().map_err(bad)?;
-        // Without its transparency, which would weigh the colours.
-        let picture = match self.image_mean.len() {
-            1 => DynamicImage::ImageLuma8(picture.to_luma8()),
-            _ => DynamicImage::ImageRgb8(picture.to_rgb8()),
-        };
-        Ok(self.normalise(self.cut(file, &picture, fit)?.as_bytes()))
+        self.prepared(file, decode(file, bytes)?, fit)
+    }
+
+    /// A picture as `[channels, size, size]`, scaled and cut as `fit` says, normalised; `file` is its name in errors.
+    pub(crate) fn prepared(&self, file: &str, picture: DynamicImage, fit: Fit) -> Result<Vec<f32>> {
+        let cut = self.cut(file, &self.coloured(picture), fit)?;
+        Ok(self.normalise(cut.as_bytes()))
+    }
+
+    /// In as many channels as are normalised, and without transparency, which would weigh the colours.
+    pub(crate) fn coloured(&self, picture: DynamicImage) -> DynamicImage {
+        match self.image_mean.len() {
+            1 => DynamicImage::ImageLuma8(picture.into_luma8()),
+            _ => DynamicImage::ImageRgb8(picture.into_rgb8()),
+        }
     }
 
     /// Interleaved bytes of `size * size` pixels as normalised planes.
@@ -131,14 +157,10 @@ impl Preprocess {
             let detail = format!("{} x {} pixels are too narrow a picture", old.0, old.1);
             return Err(Error::corrupt(file, detail));
         }
-        let filter = match fit.filter {
-            Filter::Bilinear => FilterType::Triangle,
-            Filter::Bicubic => FilterType::CatmullRom,
-        };
         // Scaling to the same size would not change a pixel.
         let scaled = match old == (width, height) {
             true => picture.clone(),
-            false => picture.resize_exact(width, height, filter),
+            false => picture.resize_exact(width, height, fit.filter.into()),
         };
         Ok(scaled.crop_imm((width - size) / 2, (height - size) / 2, size, size))
     }

@@ -11,7 +11,7 @@ use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo, TensorView};
 use crate::{Error, Result, files};
 
 /// Largest checkpoint read, bytes.
-const MAX_CHECKPOINT: u64 = 16 << 30;
+pub(crate) const MAX_CHECKPOINT: u64 = 16 << 30;
 
 /// A named, row-major array.
 #[derive(Clone, PartialEq)]
@@ -81,18 +81,10 @@ impl Checkpoint {
         if !file.ends_with(INDEX) {
             return Self::from_bytes(file, files::read(path, MAX_CHECKPOINT)?);
         }
-        let index: Index = files::read_json(path)?;
-        let names: BTreeSet<String> = index.weight_map.into_values().collect();
-        if names.len() > MAX_PARTS {
-            return Err(Error::corrupt(file, format!("more than {MAX_PARTS} parts")));
-        }
+        let names = parts(path)?;
         let mut parts = Vec::with_capacity(names.len());
         let mut left = MAX_CHECKPOINT;
         for name in names {
-            // A list must not lead out of its folder.
-            if !name.ends_with(".safetensors") || name.contains(['/', '\\']) {
-                return Err(Error::corrupt(file, format!("{name:?} is no file beside it")));
-            }
             let path = path.with_file_name(name);
             let part = Part::new(path.to_string_lossy().into(), files::read(&path, left)?.into())?;
             left -= part.bytes.len() as u64;
@@ -159,6 +151,24 @@ impl Checkpoint {
             file: self.file.clone(),
             name: name.to_owned(),
         })
+    }
+}
+
+/// The files that a `*.safetensors.index.json` lists, sorted; they are beside it.
+pub(crate) fn parts(index: &Path) -> Result<BTreeSet<String>> {
+    let file = index.to_string_lossy();
+    let list: Index = files::read_json(index)?;
+    let names: BTreeSet<String> = list.weight_map.into_values().collect();
+    if names.len() > MAX_PARTS {
+        return Err(Error::corrupt(file, format!("more than {MAX_PARTS} parts")));
+    }
+    // A list must not lead out of its folder.
+    match names
+        .iter()
+        .find(|n| !n.ends_with(".safetensors") || n.contains(['/', '\\']))
+    {
+        Some(name) => Err(Error::corrupt(file, format!("{name:?} is no file beside it"))),
+        None => Ok(names),
     }
 }
 
@@ -336,11 +346,30 @@ mod tests {
                 .contains("overflows")
         );
 
-        let mut bytes = written(Precision::F32);
-        let end = bytes.len();
-        bytes[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
-        let file = Checkpoint::from_bytes("m", bytes).unwrap();
-        assert!(matches!(file.arrays(), Err(Error::NotFinite { .. })));
+        let encoded = |v: f32| {
+            [
+                (Dtype::F32, v.to_le_bytes().to_vec()),
+                (Dtype::F16, f16::from_f32(v).to_le_bytes().to_vec()),
+                (Dtype::BF16, bf16::from_f32(v).to_le_bytes().to_vec()),
+            ]
+        };
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            for ((dtype, good), (_, bad)) in encoded(1.5).into_iter().zip(encoded(bad)) {
+                let values = [&good[..], &bad, &good].concat();
+                let sound = ("layer.0", TensorView::new(dtype, vec![1], &good).unwrap());
+                let spoilt = ("layer.1", TensorView::new(dtype, vec![3], &values).unwrap());
+                let bytes = safetensors::serialize([sound, spoilt], None).unwrap();
+                let file = Checkpoint::from_bytes("m.safetensors", bytes).unwrap();
+                assert_eq!(file.tensor("layer.0", &[1]).unwrap(), [1.5]);
+                for result in [file.tensor("layer.1", &[3]).map(drop), file.arrays().map(drop)] {
+                    let text = result.unwrap_err().to_string();
+                    assert_eq!(
+                        text,
+                        "m.safetensors: tensor layer.1 holds a value that is not finite"
+                    );
+                }
+            }
+        }
     }
 
     #[test]

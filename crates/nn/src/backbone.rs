@@ -4,10 +4,12 @@ use std::borrow::Cow;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
-use veiltune_engine::{Backend, Error as EngineError, Owner, Params};
+use sha2::{Digest, Sha256};
+use veiltune_engine::{Backend, Error as EngineError, Owner, Params, Plain};
 use veiltune_hub::{Array, Checkpoint, Fit, Preprocess, cache, files, processor};
 
 use crate::layout::{Layout, Variant};
+use crate::load::inventory;
 use crate::vit::HiddenAct;
 use crate::{Error, Result, Vit, VitConfig};
 
@@ -151,8 +153,8 @@ impl Backbone {
         Self::new(config, processor, Checkpoint::open(&weights)?)
     }
 
-    /// As [`Backbone::open`], in the folder `name` or, if there is none, in the cached snapshot of the model hub's
-    /// `owner/name` or `owner/name@revision`. Nothing is downloaded.
+    /// As [`Backbone::open`], in the folder `name` or, if there is none, in the model hub's cache, as
+    /// `owner/name` or `owner/name@revision`; what is not there is downloaded.
     pub fn find(name: &str) -> Result<Self> {
         Self::open(&cache::locate(name)?)
     }
@@ -246,20 +248,42 @@ impl Backbone {
 
     /// The encoder on some interpreter; its weights are public.
     pub fn load<B: Backend>(&self, b: &B) -> Result<Vit<B>> {
-        let positions = format!("{}{}", self.prefix, self.variant.layout.names().positions);
         let params = Params::new(move |name, dims: &[usize]| {
-            let values = match name == positions {
-                true => self.positions(name, dims),
-                false => self.weights.tensor(name, dims),
-            };
-            let values = values.map_err(|e| EngineError::File(e.to_string()))?;
-            b.weight(Owner::Public, dims, Some(&values))
+            let array = self
+                .parameter(name, dims)
+                .map_err(|e| EngineError::File(e.to_string()))?;
+            b.weight(Owner::Public, dims, Some(&array.values))
         });
-        let params = match self.prefix.strip_suffix('.') {
-            Some(prefix) => params.pp(prefix),
-            None => params,
-        };
         Vit::load_variant(&params, &self.config, self.variant)
+    }
+
+    /// A parameter by its name in [`Vit`], which has no prefix.
+    pub fn parameter(&self, name: &str, dims: &[usize]) -> Result<Array> {
+        let stored = format!("{}{name}", self.prefix);
+        let values = match name == self.variant.layout.names().positions {
+            true => self.positions(&stored, dims)?,
+            false => self.weights.tensor(&stored, dims)?,
+        };
+        Ok(Array {
+            dims: dims.to_vec(),
+            values,
+        })
+    }
+
+    /// A hash of all of the encoder's parameters, which tells one backbone from another.
+    pub fn fingerprint(&self) -> Result<[u8; 32]> {
+        let b = Plain::new();
+        let mut shapes = inventory(&b, |p| Vit::load_variant(p, &self.config, self.variant))?;
+        shapes.sort();
+        let mut hash = Sha256::new();
+        for (name, dims) in shapes {
+            hash.update(format!("{name} {dims:?}\n"));
+            for chunk in self.parameter(&name, &dims)?.values.chunks(1 << 14) {
+                let bytes: Vec<u8> = chunk.iter().flat_map(|v| v.to_le_bytes()).collect();
+                hash.update(&bytes);
+            }
+        }
+        Ok(hash.finalize().into())
     }
 
     /// Position embeddings for the input's size. Those of DINOv2 are for its training size: they are taken from a

@@ -2,8 +2,11 @@
 //!
 //! One encoder serves them all; they differ in names and in a few optional parts.
 
+use serde::{Deserialize, Serialize};
+
 /// A family of checkpoints, by its `model_type` in the model hub.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Layout {
     /// `vit` and `deit`.
     #[default]
@@ -15,7 +18,7 @@ pub enum Layout {
 }
 
 /// A layout, and which optional parts a checkpoint has.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Variant {
     /// Names.
     pub layout: Layout,
@@ -107,6 +110,16 @@ impl Layout {
             Layout::Dinov2 => &DINOV2,
             Layout::Clip => &CLIP,
         }
+    }
+
+    /// Names within a block of the projections to queries, keys and values.
+    pub fn projections(self) -> [&'static str; 3] {
+        self.names().qkv
+    }
+
+    /// Name of the norm that follows the last block, where a checkpoint has one.
+    pub fn final_norm(self) -> &'static str {
+        self.names().final_norm
     }
 
     /// What may stand before every name, the most frequent first.

@@ -4,11 +4,11 @@ use std::borrow::Cow;
 use std::path::Path;
 
 use veiltune_engine::{Backend, Error as EngineError, Owner, Params};
-use veiltune_hub::{AdapterConfig, Checkpoint, Tensors, adapter};
+use veiltune_hub::{AdapterConfig, Array, Checkpoint, Precision, Tensors, adapter};
 
-use crate::Result;
 pub use crate::backbone::{Backbone, BackboneConfig};
-use crate::owc::{self, OwcConfig};
+use crate::method::{Method, Private};
+use crate::{Error, Result};
 
 /// Parameters from named arrays, as they are at their owner.
 pub fn params<'a, B: Backend>(b: &'a B, owner: Owner, tensors: &'a Tensors) -> Params<'a, B> {
@@ -56,53 +56,112 @@ pub fn inventory<B: Backend, M>(
     Ok(seen.into_inner())
 }
 
-/// A private classifier, in the folded form in which it is served.
+/// A private classifier as it was trained.
 #[derive(Debug)]
 pub struct Classifier {
-    /// Architecture and calibration.
-    pub config: OwcConfig,
+    /// Method, architecture and calibration, and the backbone that it belongs to; public.
+    pub config: AdapterConfig<Method>,
     /// Weights; secret.
     pub weights: Tensors,
 }
 
 impl Classifier {
-    /// Reads an artefact in the PEFT layout and folds it.
+    /// Reads an artefact in the PEFT layout.
     pub fn open(dir: &Path) -> Result<Self> {
-        let (config, weights) = adapter::read::<OwcConfig>(dir, owc::PEFT_TYPE)?;
+        let (config, weights) = adapter::read(dir)?;
         Self::new(config, &weights)
     }
 
     /// From embedded content.
     pub fn from_bytes(config: &[u8], weights: impl Into<Cow<'static, [u8]>>) -> Result<Self> {
-        let config = AdapterConfig::parse(adapter::CONFIG_FILE, config, owc::PEFT_TYPE)?;
+        let config = AdapterConfig::parse(adapter::CONFIG_FILE, config)?;
         Self::new(config, &Checkpoint::from_bytes(adapter::MODEL_FILE, weights)?)
     }
 
-    fn new(config: AdapterConfig<OwcConfig>, weights: &Checkpoint) -> Result<Self> {
+    fn new(config: AdapterConfig<Method>, weights: &Checkpoint) -> Result<Self> {
         config.method.check()?;
-        let (config, weights) = owc::fold(&config.method, &weights.arrays()?)?;
-        Ok(Classifier { config, weights })
+        Ok(Classifier {
+            config,
+            weights: weights.arrays()?,
+        })
     }
 
-    /// At the owner: the model with its weights.
-    pub fn load<B: Backend>(&self, b: &B, owner: Owner) -> Result<crate::Owc<B>> {
-        crate::Owc::load(&params(b, owner, &self.weights), &self.config)
+    /// Writes an artefact in the PEFT layout, the configuration last.
+    pub fn write(&self, dir: &Path) -> Result<()> {
+        Ok(adapter::write(dir, &self.config, &self.weights, Precision::F32)?)
     }
 
-    /// Elsewhere: the same model from its public configuration.
-    pub fn load_shapes<B: Backend>(b: &B, owner: Owner, config: &OwcConfig) -> Result<crate::Owc<B>> {
-        crate::Owc::load(&shapes(b, owner), config)
+    /// The form in which it is served; `backbone` is needed where [`Method::needs_backbone`] says so.
+    pub fn serve(&self, backbone: Option<&Backbone>) -> Result<Served> {
+        let method = &self.config.method;
+        let fetch = |name: &str, dims: &[usize]| fetch(backbone, name, dims);
+        Ok(Served {
+            private: Some(method.fold(&self.weights, &fetch)?),
+            public: method.fold_public(&fetch)?,
+            method: method.served(),
+        })
+    }
+}
+
+fn fetch(backbone: Option<&Backbone>, name: &str, dims: &[usize]) -> Result<Array> {
+    let backbone = backbone.ok_or_else(|| {
+        Error::Config("this method runs the backbone itself privately: its checkpoint is needed".into())
+    })?;
+    backbone.parameter(name, dims)
+}
+
+/// A private classifier in the form in which it is served.
+#[derive(Clone, Debug)]
+pub struct Served {
+    /// Method, architecture and calibration; public.
+    pub method: Method,
+    /// The provider's parameters; None elsewhere.
+    pub private: Option<Tensors>,
+    /// The backbone's parameters that are part of the program; empty for planning and dealing, which need no values.
+    pub public: Tensors,
+}
+
+impl Served {
+    /// What planning and dealing need: shapes.
+    pub fn shapes(method: &Method) -> Self {
+        Served {
+            method: method.served(),
+            private: None,
+            public: Tensors::new(),
+        }
+    }
+
+    /// What the client has: the public parameters alone.
+    pub fn client(method: &Method, backbone: &Backbone) -> Result<Self> {
+        Ok(Served {
+            public: method.fold_public(&|name, dims| backbone.parameter(name, dims))?,
+            ..Self::shapes(method)
+        })
+    }
+
+    /// The model on some interpreter; private parameters belong to `owner`.
+    pub fn load<B: Backend>(&self, b: &B, owner: Owner) -> Result<Private<B>> {
+        let private = match &self.private {
+            Some(tensors) => params(b, owner, tensors),
+            None => shapes(b, owner),
+        };
+        let public = match self.public.is_empty() {
+            false => params(b, Owner::Public, &self.public),
+            true => shapes(b, Owner::Public),
+        };
+        self.method.load(&private, &public)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use veiltune_engine::Plain;
-    use veiltune_hub::{Precision, files, safetensors};
+    use veiltune_hub::{files, safetensors};
 
     use super::*;
+    use crate::method::State;
     use crate::testing::{owc_config, random, vit_config};
-    use crate::{Owc, Vit};
+    use crate::{Owc, Vit, owc};
 
     /// A file's content.
     fn stored(tensors: &Tensors) -> Vec<u8> {
@@ -127,22 +186,33 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         files::write_atomic(&dir.path().join("config.json"), &json).unwrap();
         files::write_atomic(&dir.path().join("model.safetensors"), &stored(&backbone)).unwrap();
-        let artefact = AdapterConfig {
-            peft_type: owc::PEFT_TYPE.into(),
-            base_model_name_or_path: "t".into(),
-            method: owc,
+        let classifier = Classifier {
+            config: AdapterConfig {
+                base_model_name_or_path: "t".into(),
+                base_model_sha256: None,
+                method: Method::Owc(owc),
+            },
+            weights: adapter.clone(),
         };
-        adapter::write(dir.path(), &artefact, &adapter, Precision::F32).unwrap();
-        let artefact = serde_json::to_vec(&artefact).unwrap();
+        classifier.write(dir.path()).unwrap();
+        let artefact = serde_json::to_vec(&classifier.config).unwrap();
 
         let logits = |backbone: Backbone, classifier: Classifier| {
             let image = b.input(Owner::Public, &[1, 1, 8, 8], Some(&[0.5; 64])).unwrap();
             let hidden = backbone.load(&b).unwrap().forward(&b, &image).unwrap();
-            let states = classifier.config.states(&b, &hidden).unwrap();
-            let logits = classifier
+            let served = classifier.serve(None).unwrap();
+            let reads = served.method.reads(hidden.len() - 1).unwrap();
+            let inputs: Vec<_> = reads
+                .iter()
+                .map(|read| match read.state {
+                    State::Hidden(i) => read.prepare(&b, &hidden[i]).unwrap(),
+                    State::Patches => panic!("adapters read hidden states"),
+                })
+                .collect();
+            let logits = served
                 .load(&b, Owner::Public)
                 .unwrap()
-                .forward(&b, &states)
+                .forward(&b, &inputs)
                 .unwrap();
             assert_eq!(logits.dims(), [1, 3]);
             logits.flatten_all().unwrap().to_vec1::<f32>().unwrap()

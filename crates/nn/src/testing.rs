@@ -1,11 +1,11 @@
 //! Tiny random models for tests.
 
 use candle_core::Tensor;
-use veiltune_engine::{Backend, NormKind, NormSpec, Owner, Params, Plain};
+use veiltune_engine::{Backend, Owner, Params, Plain};
 use veiltune_hub::{Array, Tensors};
 
 use crate::load::inventory;
-use crate::owc::AdapterNorms;
+use crate::owc::Design;
 use crate::vit::HiddenAct;
 use crate::{OwcConfig, Result, VitConfig};
 
@@ -28,29 +28,8 @@ pub fn vit_config() -> VitConfig {
 
 /// An adapter for such a backbone.
 pub fn owc_config(scope: usize) -> OwcConfig {
-    let spec = NormSpec {
-        kind: NormKind::Layer,
-        eps: 1e-6,
-        sigma: (1e-2, 1e1),
-    };
-    OwcConfig {
-        hidden_size: 8,
-        tokens: 5,
-        scope,
-        rank: 4,
-        heads: 2,
-        scale: 0.5,
-        norms: vec![
-            AdapterNorms {
-                attention: spec,
-                mlp: spec
-            };
-            scope
-        ],
-        final_norm: spec,
-        labels: ["one", "two", "three"].map(str::to_owned).to_vec(),
-        folded: false,
-    }
+    let labels = ["one", "two", "three"].map(str::to_owned).to_vec();
+    OwcConfig::new(&Design::new(2, 4, scope), 8, 5, labels)
 }
 
 /// Values in -1 .. 1 from a small congruential generator.

@@ -4,9 +4,11 @@
 //! It serves as a public backbone, so its ranges are not calibrated: private interpreters refuse it.
 
 use serde::{Deserialize, Serialize};
-use veiltune_engine::{Activation, Backend, NormKind, NormSpec, Owner, Params, Range, Result, SoftmaxSpec};
+use veiltune_engine::{Backend, NormKind, NormSpec, Owner, Params, Range, Result};
 
-use crate::layers::{Linear, Norm, join_heads, split_heads};
+use crate::attention::AttentionKind;
+use crate::block::{Block, Parts};
+use crate::layers::{Linear, Norm};
 use crate::layout::{Names, Variant};
 use crate::{Error, Result as ModelResult};
 
@@ -146,7 +148,7 @@ impl<B: Backend> Vit<B> {
             positions: p.get(names.positions, &ones(names.leading.1, &[tokens, d]))?,
             pre_norm: names.pre_norm.map(norm).transpose()?,
             blocks: (0..config.num_hidden_layers)
-                .map(|i| Block::load(&p.pp(names.blocks).pp(i), config, names))
+                .map(|i| Block::load(&p.pp(names.blocks).pp(i), &parts(config, names)))
                 .collect::<Result<_>>()?,
             final_norm: variant.final_norm.then(|| norm(names.final_norm)).transpose()?,
             config: config.clone(),
@@ -156,6 +158,11 @@ impl<B: Backend> Vit<B> {
     /// All hidden states of `images [batch, channels, size, size]`: the embedding and then each block's output, each
     /// `[batch, tokens, d]`, the class token first.
     pub fn forward(&self, b: &B, images: &B::Tensor) -> Result<Vec<B::Tensor>> {
+        self.forward_to(b, images, self.blocks.len())
+    }
+
+    /// As [`Vit::forward`], up to hidden state number `last`, 0 the embedding: later blocks are not run.
+    pub fn forward_to(&self, b: &B, images: &B::Tensor, last: usize) -> Result<Vec<B::Tensor>> {
         let patches = self.patch.forward(b, &self.unfold(b, images)?)?;
         let batch = b.dims(&patches)[0];
         let mut tokens = vec![self.class_token(b, batch)?];
@@ -165,10 +172,11 @@ impl<B: Backend> Vit<B> {
         tokens.push(patches);
         let x = b.cat(&tokens.iter().collect::<Vec<_>>(), 1)?;
         let x = b.add_weight(&x, &self.positions)?;
-        match &self.pre_norm {
-            Some(norm) => self.encode(b, norm.forward(b, &x)?),
-            None => self.encode(b, x),
-        }
+        let x = match &self.pre_norm {
+            Some(norm) => norm.forward(b, &x)?,
+            None => x,
+        };
+        self.encode_to(b, x, last)
     }
 
     /// The class token `[batch, 1, d]` of the last hidden state, after the checkpoint's final norm if it has one: what
@@ -186,8 +194,12 @@ impl<B: Backend> Vit<B> {
 
     /// Hidden states of tokens that are already embedded.
     pub fn encode(&self, b: &B, x: B::Tensor) -> Result<Vec<B::Tensor>> {
+        self.encode_to(b, x, self.blocks.len())
+    }
+
+    fn encode_to(&self, b: &B, x: B::Tensor, last: usize) -> Result<Vec<B::Tensor>> {
         let mut states = vec![x];
-        for block in &self.blocks {
+        for block in self.blocks.iter().take(last) {
             states.push(block.forward(b, states.last().expect("the embedding is there"))?);
         }
         Ok(states)
@@ -235,84 +247,25 @@ impl<B: Backend> Vit<B> {
     }
 }
 
-/// The factor within [`HiddenAct::QuickGelu`].
-const QUICK: f64 = 1.702;
-
-fn norm_spec(c: &VitConfig) -> NormSpec {
+pub(crate) fn norm_spec(c: &VitConfig) -> NormSpec {
     NormSpec {
         kind: NormKind::Layer,
         eps: c.layer_norm_eps,
-        sigma: (0.0, f64::INFINITY),
+        sigma: (1e-9, 1e9),
     }
 }
 
-/// Pre-norm attention and MLP.
-struct Block<B: Backend> {
-    norm1: Norm<B>,
-    qkv: [Linear<B>; 3],
-    out: Linear<B>,
-    scale1: Option<B::Weight>,
-    norm2: Norm<B>,
-    fc1: Linear<B>,
-    act: HiddenAct,
-    fc2: Linear<B>,
-    scale2: Option<B::Weight>,
-    heads: usize,
-    width: usize,
-}
-
-impl<B: Backend> Block<B> {
-    fn load(p: &Params<B>, c: &VitConfig, names: &Names) -> Result<Self> {
-        let (d, spec) = (c.hidden_size, norm_spec(c));
-        let qkv = |i: usize| Linear::load(&p.pp(names.qkv[i]), d, d, c.qkv_bias);
-        let scale = |name| c.layer_scale.then(|| p.get(name, &[d])).transpose();
-        Ok(Block {
-            norm1: Norm::load(&p.pp(names.norm1), d, spec, true)?,
-            qkv: [qkv(0)?, qkv(1)?, qkv(2)?],
-            out: Linear::load(&p.pp(names.out), d, d, true)?,
-            scale1: scale(names.scale1)?,
-            norm2: Norm::load(&p.pp(names.norm2), d, spec, true)?,
-            fc1: Linear::load(&p.pp(names.fc1), d, c.intermediate_size, true)?,
-            act: c.hidden_act,
-            fc2: Linear::load(&p.pp(names.fc2), c.intermediate_size, d, true)?,
-            scale2: scale(names.scale2)?,
-            heads: c.num_attention_heads,
-            width: d / c.num_attention_heads,
-        })
-    }
-
-    fn forward(&self, b: &B, x: &B::Tensor) -> Result<B::Tensor> {
-        let x = self.branch(b, x, self.attend(b, &self.norm1.forward(b, x)?)?, &self.scale1)?;
-        let y = self.fc1.forward(b, &self.norm2.forward(b, &x)?)?;
-        let y = match self.act {
-            HiddenAct::Gelu => b.activation(&y, Activation::Gelu, Range::Exact)?,
-            HiddenAct::QuickGelu => {
-                let y = b.activation(&b.scale(&y, QUICK)?, Activation::Silu, Range::Exact)?;
-                b.scale(&y, 1.0 / QUICK)?
-            }
-            HiddenAct::Relu => b.relu(&y)?,
-        };
-        self.branch(b, &x, self.fc2.forward(b, &y)?, &self.scale2)
-    }
-
-    fn attend(&self, b: &B, x: &B::Tensor) -> Result<B::Tensor> {
-        let [q, k, v] = self
-            .qkv
-            .each_ref()
-            .map(|l| split_heads(b, &l.forward(b, x)?, self.heads));
-        let (q, k, v) = (q?, k?, v?);
-        let q = b.scale(&q, 1.0 / (self.width as f64).sqrt())?;
-        b.prepare(&[&q, &k, &v])?;
-        let scores = b.matmul(&q, &b.transpose(&k, 2, 3)?)?;
-        let shares = b.softmax(&scores, &SoftmaxSpec { bound: f64::INFINITY })?;
-        self.out.forward(b, &join_heads(b, &b.matmul(&shares, &v)?)?)
-    }
-
-    fn branch(&self, b: &B, x: &B::Tensor, y: B::Tensor, scale: &Option<B::Weight>) -> Result<B::Tensor> {
-        match scale {
-            Some(s) => b.add(x, &b.mul_weight(&y, s)?),
-            None => b.add(x, &y),
-        }
+/// A block as the checkpoint has it, for float interpreters.
+fn parts<'a>(config: &'a VitConfig, names: &'static Names) -> Parts<'a> {
+    Parts {
+        config,
+        names,
+        norms: [norm_spec(config); 2],
+        attention: AttentionKind::Softmax.uncalibrated(),
+        range: Range::Exact,
+        folded: false,
+        lora: None,
+        adapter: None,
     }
 }
 
@@ -440,6 +393,14 @@ mod tests {
             let images = noise(&[3, 1, 8, 8], 2);
             let states = vit.forward(&b, &images).unwrap();
             assert_eq!(states.len(), 3);
+            for last in 0..4 {
+                let some = vit.forward_to(&b, &images, last).unwrap();
+                assert_eq!(some.len(), 3.min(last + 1));
+                for (some, all) in some.iter().zip(&states) {
+                    let values = |t: &candle_core::Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                    assert_eq!(values(some), values(all));
+                }
+            }
             let alone = vit.forward(&b, &images.narrow(0, 1, 1).unwrap()).unwrap();
             for (all, alone) in states.iter().zip(alone) {
                 assert_eq!(all.dims(), [3, 5, 8]);

@@ -1,27 +1,32 @@
 //! The roles as commands of their own, each on its own machine: `keys`, `dealer`, `serve` and `classify`.
 //!
-//! Each command runs one role for one session. What the session is (number of images, images a pass, network, comparison,
-//! adapter) is configured on every machine, and compared before anything else is said.
+//! `dealer` and `serve` are services; `classify` is one session of as many images as it is given. What all must have in common
+//! (adapter, backbone, network) is compared before anything else is said.
 
-use std::cell::{Cell, RefCell};
 use std::io::Write;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
 
 use clap::Args;
 use serde::Serialize;
 use veiltune_engine::{Comparison, Error as EngineError};
-use veiltune_nn::OwcConfig;
+use veiltune_hub::AdapterConfig;
+use veiltune_nn::Method;
+use veiltune_nn::load::Served;
 use veiltune_wire::pki::{Authority, Credentials, VALIDITY};
 use veiltune_wire::{Error as WireError, Network};
 
-use crate::deal::private_directory;
+use crate::deal::{self, Manifest, private_directory};
 use crate::events::{Classified, Event, Measured};
 use crate::inputs::{self, Pictures};
-use crate::program::{Batches, CLIENT, Classification, Compare};
+use crate::prepare::Preparation;
+use crate::program::{Batches, CLIENT, Compare};
 use crate::progress::Progress;
 use crate::report::{Counts, Seconds, aligned, cost_heading, cost_table, grouped, print};
 use crate::roles::{self, ClientConfig, Config, DealerConfig, Material, ProviderConfig, Role, Tell};
+use crate::service::Limits;
+use crate::session::{Open, Request};
 use crate::{Error, Result};
 
 /// What `veiltune keys` takes.
@@ -34,49 +39,78 @@ pub struct KeysArgs {
 
 /// What the commands on all three machines take.
 #[derive(Args, Debug)]
-struct Session {
+struct Machine {
     /// This machine's folder of those that `veiltune keys` made
     #[arg(long, value_name = "DIR")]
     keys: PathBuf,
-    /// Images that share a forward pass, and so its rounds; the same on all three machines
-    #[arg(long, default_value = "32", value_name = "N")]
-    batch: NonZeroUsize,
-    /// Network to emulate between client and provider: none, lan, wan, or RATE_MBIT:DELAY_US; the same on all three machines
+    /// Network to emulate on every link: none, lan, wan, or RATE_MBIT:DELAY_US; the same on all three machines
     #[arg(long, default_value = "none", value_name = "NETWORK")]
     network: Network,
-    /// How client and provider compare numbers; the same on all three machines
-    ///
-    /// auto takes what is sooner through the --network. A network that is real rather than emulated is not known here:
-    /// `veiltune plan --network` tells what to give for it.
-    #[arg(long, value_enum, default_value = "auto", value_name = "HOW")]
-    comparison: Compare,
-}
-
-/// What the commands that are called take besides.
-#[derive(Args, Debug)]
-struct Called {
-    /// Address to accept calls at, HOST:PORT; port 0 lets the system choose
-    #[arg(long, value_name = "ADDR")]
-    listen: String,
-    /// Number of images that the client will classify, exactly
-    #[arg(long, value_name = "N")]
-    images: NonZeroUsize,
-    /// Longest time to wait for the others to call, seconds
-    #[arg(long, default_value_t = WAIT, value_name = "SECONDS")]
+    /// Longest time to wait for another machine to answer, seconds
+    #[arg(long, default_value_t = 60.0, value_name = "SECONDS")]
     wait: f64,
 }
 
-/// An hour.
-const WAIT: f64 = 3600.0;
+/// What the services take besides.
+#[derive(Args, Debug)]
+struct Service {
+    /// Address to accept calls at, HOST:PORT; port 0 lets the system choose
+    #[arg(long, value_name = "ADDR")]
+    listen: String,
+    /// End after so many sessions, those that fail included [default: go on until interrupted]
+    #[arg(long, value_name = "N")]
+    sessions: Option<NonZeroUsize>,
+    /// Most images of one session
+    #[arg(long, default_value = "10000", value_name = "N")]
+    max_images: NonZeroUsize,
+    /// Most images that share a forward pass; memory grows with it
+    #[arg(long, default_value = "64", value_name = "N")]
+    max_batch: NonZeroUsize,
+    /// Most sessions at the same time; further clients are told to come later
+    #[arg(long, default_value = "2", value_name = "N")]
+    parallel: NonZeroUsize,
+}
+
+impl Service {
+    fn limits(&self) -> Limits {
+        Limits {
+            sessions: self.sessions,
+            parallel: self.parallel,
+            images: self.max_images,
+            batch: self.max_batch,
+        }
+    }
+}
+
+/// Where a party has its randomness from.
+#[derive(Args, Debug)]
+#[group(required = true, multiple = false)]
+struct From {
+    /// Address of `veiltune dealer`, HOST:PORT
+    #[arg(long, value_name = "ADDR")]
+    dealer: Option<String>,
+    /// Directory with this machine's file of those that `veiltune deal` wrote, and for the client material.json; serves one session
+    #[arg(long, value_name = "DIR")]
+    material: Option<PathBuf>,
+}
+
+impl From {
+    fn material(&self, role: Role) -> Material {
+        match (&self.dealer, &self.material) {
+            (_, Some(dir)) => Material::File(deal::file(dir, role)),
+            (address, None) => Material::Dealer(address.clone().unwrap_or_default()),
+        }
+    }
+}
 
 /// What `veiltune dealer` takes.
 #[derive(Args, Debug)]
 pub struct DealerArgs {
     #[command(flatten)]
-    called: Called,
+    service: Service,
     #[command(flatten)]
-    session: Session,
-    /// The adapter's public adapter_config.json [default: the embedded one]
+    machine: Machine,
+    /// The adapter's public adapter_config.json, or the directory that it is in [default: the embedded one]
     #[arg(long, value_name = "FILE")]
     adapter_config: Option<PathBuf>,
 }
@@ -85,15 +119,20 @@ pub struct DealerArgs {
 #[derive(Args, Debug)]
 pub struct ServeArgs {
     #[command(flatten)]
-    called: Called,
+    service: Service,
     #[command(flatten)]
-    session: Session,
-    /// Address of `veiltune dealer`, HOST:PORT
-    #[arg(long, value_name = "ADDR")]
-    dealer: String,
+    machine: Machine,
+    #[command(flatten)]
+    from: From,
     /// Directory of the private adapter: adapter_config.json and adapter_model.safetensors [default: the embedded one]
     #[arg(long, value_name = "DIR")]
     adapter: Option<PathBuf>,
+    /// The public backbone, a folder or a model of the hub; for methods that run it privately [default: the embedded one]
+    #[arg(long, value_name = "DIR|MODEL")]
+    backbone: Option<String>,
+    /// Images in all that one client may have classified before this service ends, for answers tell something of the adapter
+    #[arg(long, value_name = "N")]
+    budget: Option<NonZeroUsize>,
 }
 
 /// What `veiltune classify` takes.
@@ -103,24 +142,41 @@ pub struct ClassifyArgs {
     #[arg(required = true, value_name = "IMAGE")]
     images: Vec<PathBuf>,
     #[command(flatten)]
-    session: Session,
+    machine: Machine,
     /// Address of `veiltune serve`, HOST:PORT
     #[arg(long, value_name = "ADDR")]
     provider: String,
-    /// Address of `veiltune dealer`, HOST:PORT
-    #[arg(long, value_name = "ADDR")]
-    dealer: String,
-    /// Directory of the public backbone: config.json and model.safetensors [default: the embedded one]
-    #[arg(long, value_name = "DIR")]
-    backbone: Option<PathBuf>,
-    /// The adapter's public adapter_config.json [default: the embedded one]
+    #[command(flatten)]
+    from: From,
+    /// Images that share a forward pass, and so its rounds
+    #[arg(long, default_value = "32", value_name = "N", conflicts_with = "material")]
+    batch: NonZeroUsize,
+    /// How client and provider compare numbers
+    ///
+    /// auto takes what is sooner through the --network. A network that is real rather than emulated is not known here:
+    /// `veiltune plan --network` tells what to give for it.
+    #[arg(
+        long,
+        value_enum,
+        default_value = "auto",
+        value_name = "HOW",
+        conflicts_with = "material"
+    )]
+    comparison: Compare,
+    /// Leave out images that cannot be read, and say how many, instead of ending
+    #[arg(long)]
+    skip_unreadable: bool,
+    /// The public backbone: a folder with config.json and model.safetensors, or a model of the hub [default: the embedded one]
+    #[arg(long, value_name = "DIR|MODEL")]
+    backbone: Option<String>,
+    /// The adapter's public adapter_config.json, or the directory that it is in [default: the embedded one]
     #[arg(long, value_name = "FILE")]
     adapter_config: Option<PathBuf>,
     /// Print one JSON object to standard output instead of the table
     ///
-    /// Its members: images, batch, network, comparison, rounds, online_bytes [client to provider, provider to client], setup_bytes
-    /// (likewise), dealer_bytes (to the client), seconds {backbone, setup, offline, online}, predicted {rounds, online_bytes,
-    /// setup_bytes, dealer_bytes}, results [{image, label, confidence}, one an image].
+    /// Its members: images, skipped, batch, network, comparison, rounds, online_bytes [client to provider, provider to client],
+    /// setup_bytes (likewise), dealer_bytes (to the client), seconds {backbone, setup, offline, online}, predicted {rounds,
+    /// online_bytes, setup_bytes, dealer_bytes}, results [{image, label, confidence}, one an image].
     #[arg(long)]
     json: bool,
 }
@@ -156,11 +212,12 @@ pub fn keys(args: &KeysArgs) -> Result<()> {
 
 /// The dealer's machine.
 pub fn dealer(args: &DealerArgs) -> Result<()> {
-    let adapter = inputs::adapter_config(args.adapter_config.as_deref())?;
     let own = DealerConfig {
-        listen: args.called.listen.clone(),
+        listen: args.service.listen.clone(),
+        limits: args.service.limits(),
     };
-    let config = args.session.called(&args.called, adapter, own)?;
+    let adapter = inputs::adapter_config(args.adapter_config.as_deref())?;
+    let config = args.machine.config(adapter, own);
     play(Role::Dealer, &config, roles::dealer, &|event| match event {
         Event::Progress { done, total, .. } if done == total => say(&format!("dealt for {total} images\n")),
         event => announce(&event),
@@ -169,17 +226,25 @@ pub fn dealer(args: &DealerArgs) -> Result<()> {
 
 /// The provider's machine.
 pub fn serve(args: &ServeArgs) -> Result<()> {
-    let adapter = inputs::classifier(args.adapter.as_deref())?.config;
+    let mut limits = args.service.limits();
+    if args.from.material.is_some() {
+        // There is no more than that.
+        limits.sessions = Some(NonZeroUsize::MIN);
+    }
     let own = ProviderConfig {
-        listen: args.called.listen.clone(),
+        listen: args.service.listen.clone(),
         weights: args.adapter.clone(),
-        material: Material::Dealer(args.dealer.clone()),
+        backbone: args.backbone.clone(),
+        material: args.from.material(Role::Provider),
+        limits,
+        budget: args.budget,
     };
-    let config = args.session.called(&args.called, adapter, own)?;
+    let adapter = inputs::classifier(args.adapter.as_deref())?.config;
+    let config = args.machine.config(adapter, own);
     play(Role::Provider, &config, roles::provider, &|event| match event {
         Event::Finished(m) => say(&format!(
             "served {} images in {:.3} s online: {} rounds, {} bytes from and {} bytes to the client\n",
-            args.called.images,
+            m.images,
             m.online,
             m.rounds,
             grouped(m.online_bytes[0]),
@@ -191,34 +256,74 @@ pub fn serve(args: &ServeArgs) -> Result<()> {
 
 /// The client's machine.
 pub fn classify(args: &ClassifyArgs) -> Result<()> {
-    let pictures = Pictures::find(&args.images)?;
-    let images =
-        NonZeroUsize::new(pictures.len()).ok_or_else(|| Error::Input("there are no images".into()))?;
+    let progress = Progress::new(args.json);
     let adapter = inputs::adapter_config(args.adapter_config.as_deref())?;
+    let preparation = Preparation::new(&adapter, args.backbone.as_deref())?;
+    let found = Pictures::find(&args.images)?;
+    let all = found.len();
+    let pictures = found.check(&preparation, args.skip_unreadable, |e| {
+        progress.log(&format!("skipped: {e}"))
+    })?;
+    drop(preparation);
+    let skipped = all - pictures.len();
+    let images = NonZeroUsize::new(pictures.len())
+        .ok_or_else(|| Error::Input(format!("there are no images, and {skipped} that cannot be read")))?;
+    let served = Served::shapes(&adapter.method);
+    let manifest = args.from.material.as_deref().map(Manifest::open).transpose()?;
+    let batch = match &manifest {
+        Some(manifest) => manifest.batch_for(images.get())?,
+        None => args.batch.min(images),
+    };
+    let mut request = Request {
+        batches: Batches {
+            images: images.get(),
+            batch,
+        },
+        comparison: Comparison::default(),
+    };
+    request.comparison = match &manifest {
+        Some(manifest) => manifest.comparison,
+        None => args
+            .comparison
+            .over(&args.machine.network, &request.program(&served))?,
+    };
+    let plan = request.program(&served).plan()?;
+    manifest.map_or(Ok(()), |manifest| manifest.check(&plan))?;
     let own = ClientConfig {
         pictures: pictures.files().map(<[_]>::to_vec),
+        batch,
+        comparison: request.comparison,
         backbone: args.backbone.clone(),
         provider: args.provider.clone(),
-        material: Material::Dealer(args.dealer.clone()),
+        material: args.from.material(Role::Client),
     };
-    let config = args.session.config(images, WAIT, adapter, own)?;
-    let plan = config.program().plan()?;
+    let config = args.machine.config(adapter, own);
 
-    let progress = Progress::new(args.json);
-    let (results, measured) = (RefCell::new(Vec::new()), Cell::new(None));
+    let (results, measured) = (Mutex::new(Vec::new()), Mutex::new(None));
     play(Role::Client, &config, roles::client, &|event| match event {
-        Event::Classified(result) => results.borrow_mut().push(result),
-        Event::Finished(m) => measured.set(Some(m)),
+        Event::Classified(result) => results
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(result),
+        Event::Finished(m) => *measured.lock().unwrap_or_else(PoisonError::into_inner) = Some(m),
         Event::Progress { stage, done, total } => progress.at(stage, done, total),
         _ => {}
     })?;
-    let results: Vec<Classified> = results.into_inner();
-    let measured: Measured = match measured.into_inner() {
+    let results: Vec<Classified> = results.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let measured: Measured = match measured.into_inner().unwrap_or_else(PoisonError::into_inner) {
         Some(measured) if results.len() == images.get() => measured,
         _ => return Err(Error::Mismatch("the session ended without its result".into())),
     };
 
-    let label = |class: usize| config.adapter.labels.get(class).cloned().unwrap_or_default();
+    let label = |class: usize| {
+        config
+            .adapter
+            .method
+            .labels()
+            .get(class)
+            .cloned()
+            .unwrap_or_default()
+    };
     let row = |r: &Classified| Row {
         image: pictures.name(r.index),
         label: label(r.class),
@@ -226,9 +331,10 @@ pub fn classify(args: &ClassifyArgs) -> Result<()> {
     };
     let answer = Answer {
         images: images.get(),
-        batch: config.batches.batch.get(),
+        skipped,
+        batch: batch.get(),
         network: config.network,
-        comparison: config.comparison,
+        comparison: request.comparison,
         counted: Counts::counted(&measured, measured.dealer_bytes),
         seconds: Seconds::new(&measured),
         predicted: Counts::predicted(&plan, |both| both[CLIENT.index()]),
@@ -242,6 +348,8 @@ pub fn classify(args: &ClassifyArgs) -> Result<()> {
 #[derive(Serialize)]
 struct Answer {
     images: usize,
+    /// Images that could not be read.
+    skipped: usize,
     batch: usize,
     network: Network,
     comparison: Comparison,
@@ -271,6 +379,9 @@ impl Answer {
             ]
         }));
         let mut text = aligned(&rows, &[2]);
+        if self.skipped > 0 {
+            text += &format!("{} images could not be read, and were skipped\n", self.skipped);
+        }
         text += &cost_heading(self.images, self.batch, &self.network, self.comparison);
         text += &cost_table(
             &self.counted,
@@ -281,30 +392,16 @@ impl Answer {
     }
 }
 
-impl Session {
-    /// What a role that is called is told.
-    fn called<R>(&self, called: &Called, adapter: OwcConfig, own: R) -> Result<Config<R>> {
-        self.config(called.images, called.wait, adapter, own)
-    }
-
+impl Machine {
     /// What a role is told.
-    fn config<R>(&self, images: NonZeroUsize, wait: f64, adapter: OwcConfig, own: R) -> Result<Config<R>> {
-        let batches = Batches {
-            images: images.get(),
-            batch: self.batch.min(images),
-        };
-        let public = Classification::public(&adapter, batches);
-        let comparison = self.comparison.over(&self.network, &public)?;
-        Ok(Config {
-            session: None,
+    fn config<R>(&self, adapter: AdapterConfig<Method>, own: R) -> Config<R> {
+        Config {
             credentials: self.keys.clone(),
             network: self.network,
-            wait,
-            batches,
-            comparison,
+            wait: self.wait,
             adapter,
             own,
-        })
+        }
     }
 }
 
@@ -312,7 +409,7 @@ impl Session {
 fn play<R>(
     role: Role,
     config: &Config<R>,
-    work: fn(&Config<R>, Tell) -> Result<()>,
+    work: fn(&Config<R>, Tell, &Open) -> Result<()>,
     tell: Tell,
 ) -> Result<()> {
     Credentials::load(&config.credentials, &role.identity()).map_err(|e| {
@@ -321,17 +418,22 @@ fn play<R>(
             "{e}; give --keys the {role} folder that `veiltune keys` made"
         ))
     })?;
-    // Nothing is left behind, and the others see the links break.
-    ctrlc::set_handler(|| {
+    // Nothing is left behind, and the others are told.
+    let open = Open::default();
+    let links = open.clone();
+    ctrlc::set_handler(move || {
         eprintln!("veiltune: interrupted");
+        links.abort("it was interrupted");
         std::process::exit(130);
     })
     .map_err(|e| Error::io("catching interruptions")(std::io::Error::other(e)))?;
-    work(config, tell).map_err(|e| match &e {
-        Error::Wire(WireError::ProgramMismatch { .. })
+    work(config, tell, &open).map_err(|e| match &e {
+        Error::Wire(
+            WireError::ProgramMismatch { .. } | WireError::ConfigurationMismatch { .. },
+        )
         | Error::Engine(EngineError::Wire(WireError::ProgramMismatch { .. })) => Error::Input(format!(
-            "{e}; give all three the configuration of one adapter and the same number of images, --batch, --network and \
-             --comparison"
+            "{e}; give all three the adapter_config.json of one adapter and the same --network, and client and provider \
+             the same backbone"
         )),
         _ => e,
     })

@@ -11,6 +11,7 @@ use veiltune_engine::material::{DealId, FileSink, Label, Sink};
 use veiltune_engine::session::{Plan, deal};
 use veiltune_engine::{Comparison, Error as EngineError};
 use veiltune_hub::files;
+use veiltune_nn::load::Served;
 use veiltune_ring::prg::Seed;
 use veiltune_wire::Network;
 
@@ -33,8 +34,8 @@ pub struct DealArgs {
     /// Images that share a forward pass, and so its rounds
     #[arg(long, default_value = "32", value_name = "N")]
     batch: NonZeroUsize,
-    /// Directory of the adapter, of which only the public configuration is used [default: the embedded one]
-    #[arg(long, value_name = "DIR")]
+    /// The adapter's public adapter_config.json, or the directory that it is in [default: the embedded one]
+    #[arg(long, value_name = "DIR|FILE")]
     adapter: Option<PathBuf>,
     /// How the parties will compare numbers; auto takes what is sooner through the network
     #[arg(long, value_enum, default_value = "auto", value_name = "HOW")]
@@ -100,8 +101,8 @@ pub fn run(args: &DealArgs) -> Result<()> {
         images: args.images.get(),
         batch: args.batch,
     };
-    let config = inputs::classifier(args.adapter.as_deref())?.config;
-    let mut program = Classification::public(&config, batches);
+    let served = Served::shapes(&inputs::adapter_config(args.adapter.as_deref())?.method);
+    let mut program = Classification::public(&served, batches);
     program.comparison = args.comparison.over(&args.network, &program)?;
     let plan = program.plan()?;
 

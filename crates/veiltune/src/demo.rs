@@ -12,18 +12,20 @@ use tempfile::TempDir;
 use veiltune_engine::session::{Plan, Program};
 use veiltune_engine::{Comparison, Error as EngineError, Plain};
 use veiltune_hub::files;
-use veiltune_nn::load::{Backbone, Classifier};
+use veiltune_nn::load::{Classifier, Served};
 use veiltune_wire::{Network, pki::Authority};
 
 use crate::crew::Crew;
 use crate::deal::{self, Manifest};
 use crate::events::{Classified, Event, Measured, Stage};
 use crate::inputs::{self, Pictures};
-use crate::job::new_session;
-use crate::program::{Batches, Classification, Compare, hidden_states};
+use crate::prepare::Preparation;
+use crate::program::{Batches, Classification, Compare};
 use crate::progress::Progress;
 use crate::report::{Private, Report};
 use crate::roles::{ClientConfig, Config, DealerConfig, Material, ProviderConfig, Role};
+use crate::service::Limits;
+use crate::session::check_backbone;
 use crate::{Error, Result};
 
 /// What `veiltune demo` takes.
@@ -35,14 +37,14 @@ pub struct DemoArgs {
     /// from a name like `07_dress.png`.
     #[arg(long, num_args = 1.., value_name = "DIR|FILE")]
     images: Vec<PathBuf>,
-    /// Network to emulate between client and provider: none, lan, wan, or RATE_MBIT:DELAY_US
+    /// Network to emulate on every link: none, lan, wan, or RATE_MBIT:DELAY_US
     ///
     /// lan is 1 Gbit/s and 0.5 ms each way, wan 400 Mbit/s and 4 ms each way.
     #[arg(long, default_value = "none", value_name = "NETWORK")]
     network: Network,
-    /// Directory of a public backbone: config.json and model.safetensors [default: the embedded one]
-    #[arg(long, value_name = "DIR")]
-    backbone: Option<PathBuf>,
+    /// A public backbone: a folder with config.json and model.safetensors, or a model of the hub [default: the embedded one]
+    #[arg(long, value_name = "DIR|MODEL")]
+    backbone: Option<String>,
     /// Directory of a private adapter: adapter_config.json and adapter_model.safetensors [default: the embedded one]
     #[arg(long, value_name = "DIR")]
     adapter: Option<PathBuf>,
@@ -98,20 +100,30 @@ pub struct Inputs {
     pub batches: Batches,
     /// The number of each picture's true class, where it is known.
     pub truth: Vec<Option<usize>>,
-    /// Public.
-    pub backbone: Backbone,
-    /// The provider's.
+    /// How the client prepares them.
+    pub preparation: Preparation,
+    /// The provider's, as it was trained.
     pub classifier: Classifier,
+    /// The provider's, as it is served.
+    pub served: Served,
 }
 
 impl Inputs {
     fn open(args: &DemoArgs) -> Result<Inputs> {
         let pictures = Pictures::find(&args.images)?;
-        let backbone = inputs::backbone(args.backbone.as_deref())?;
+        let backbone = args.backbone.as_deref();
         let classifier = inputs::classifier(args.adapter.as_deref())?;
-        inputs::check_fit(&backbone, &classifier.config)?;
-        let truth = pictures.true_classes(&classifier.config.labels)?;
-        (0..pictures.len()).try_for_each(|i| pictures.load(i, &backbone).map(drop))?;
+        let preparation = Preparation::new(&classifier.config, backbone)?;
+        check_backbone(
+            &classifier.config,
+            preparation.backbone(),
+            backbone.unwrap_or("the embedded one"),
+        )?;
+        let served = classifier
+            .serve(preparation.backbone())
+            .map_err(|e| inputs::bad_weights(e, args.adapter.as_deref(), "--adapter"))?;
+        let truth = pictures.true_classes(classifier.config.method.labels())?;
+        let pictures = pictures.check(&preparation, false, drop)?;
         let manifest = args.material.as_deref().map(Manifest::open).transpose()?;
         let batch = manifest
             .as_ref()
@@ -120,7 +132,7 @@ impl Inputs {
             images: pictures.len(),
             batch: batch.min(NonZeroUsize::new(pictures.len()).unwrap_or(batch)),
         };
-        let mut program = Classification::public(&classifier.config, batches);
+        let mut program = Classification::public(&served, batches);
         program.comparison = match &manifest {
             Some(manifest) => manifest.comparison,
             None => args.comparison.over(&args.network, &program)?,
@@ -133,8 +145,9 @@ impl Inputs {
             pictures,
             batches,
             truth,
-            backbone,
+            preparation,
             classifier,
+            served,
         })
     }
 }
@@ -152,6 +165,7 @@ fn run_privately(args: &DemoArgs, inputs: &Inputs, crew: &mut Crew, progress: &P
     if args.material.is_none() {
         let own = DealerConfig {
             listen: LOOPBACK.into(),
+            limits: Limits::ONE,
         };
         crew.start(Role::Dealer, &setup.config(Role::Dealer, own)?)?;
         dealer = Some(crew.address(Role::Dealer, progress)?.to_string());
@@ -159,11 +173,16 @@ fn run_privately(args: &DemoArgs, inputs: &Inputs, crew: &mut Crew, progress: &P
     let own = ProviderConfig {
         listen: LOOPBACK.into(),
         weights: args.adapter.clone(),
+        backbone: args.backbone.clone(),
         material: material(Role::Provider, &dealer),
+        limits: Limits::ONE,
+        budget: None,
     };
     crew.start(Role::Provider, &setup.config(Role::Provider, own)?)?;
     let own = ClientConfig {
         pictures: inputs.pictures.files().map(<[_]>::to_vec),
+        batch: inputs.batches.batch,
+        comparison: inputs.comparison,
         backbone: args.backbone.clone(),
         provider: crew.address(Role::Provider, progress)?.to_string(),
         material: material(Role::Client, &dealer),
@@ -193,30 +212,25 @@ fn run_privately(args: &DemoArgs, inputs: &Inputs, crew: &mut Crew, progress: &P
 
 /// The logits of the same forward pass in plain float.
 fn run_plainly(inputs: &Inputs, crew: &Crew, progress: &Progress) -> Result<Vec<Classified>> {
-    let Inputs {
-        pictures,
-        backbone,
-        classifier: Classifier { config, weights },
-        ..
-    } = inputs;
+    let pictures = &inputs.pictures;
     let b = Plain::new();
-    let vit = backbone.load(&b)?;
+    let preparer = inputs.preparation.load()?;
+    let one = Batches {
+        images: 1,
+        batch: NonZeroUsize::MIN,
+    };
+    let program = Classification::public(&inputs.served, one);
+    let model = program.load(&b)?;
     let mut results = Vec::with_capacity(pictures.len());
     for i in 0..pictures.len() {
         crew.check()?;
-        let pixels = pictures.load(i, backbone)?;
-        let image = [hidden_states(backbone, &vit, &pixels, config.scope)?];
-        let batches = Batches {
-            images: 1,
-            batch: NonZeroUsize::MIN,
-        };
+        let image = vec![preparer.inputs(&pictures.load(i, &inputs.preparation)?)?];
         let program = Classification {
-            weights: Some(weights),
             images: Some(&image),
-            ..Classification::public(config, batches)
+            ..program
         };
         let logits = program
-            .forward(&b, &program.load(&b)?, 0)?
+            .forward(&b, &model, 0)?
             .map_or_else(Vec::new, |r| r.values);
         let result = Classified::new(i, logits);
         results.push(result.ok_or_else(|| EngineError::program("head", "the adapter has no classes"))?);
@@ -229,7 +243,6 @@ fn run_plainly(inputs: &Inputs, crew: &Crew, progress: &Progress) -> Result<Vec<
 /// gone when the run is.
 struct Setup<'a> {
     folder: TempDir,
-    session: [u8; 16],
     args: &'a DemoArgs,
     inputs: &'a Inputs,
 }
@@ -247,12 +260,7 @@ impl<'a> Setup<'a> {
                 .issue(&role.identity())?
                 .save(folder.path().join(role.name()))?;
         }
-        Ok(Setup {
-            folder,
-            session: new_session()?,
-            args,
-            inputs,
-        })
+        Ok(Setup { folder, args, inputs })
     }
 
     /// Writes what `role` is told.
@@ -260,12 +268,9 @@ impl<'a> Setup<'a> {
         let credentials = self.folder.path().join(role.name());
         let path = credentials.join("role.json");
         let config = Config {
-            session: Some(self.session),
             credentials,
             network: self.args.network,
             wait: Self::WAIT,
-            batches: self.inputs.batches,
-            comparison: self.inputs.comparison,
             adapter: self.inputs.classifier.config.clone(),
             own,
         };

@@ -42,6 +42,14 @@ pub enum Error {
         /// Its exit code.
         code: u8,
     },
+    /// Of a service's sessions some have failed, each of which was told of.
+    #[error("{failed} of {of} sessions failed")]
+    Sessions {
+        /// How many.
+        failed: usize,
+        /// Of how many.
+        of: usize,
+    },
     /// The meters counted something else than was predicted.
     #[error("{0}: the run did something else than its plan; this is a bug, please report it")]
     Mismatch(String),
@@ -99,6 +107,16 @@ impl Error {
             | Wire::Unreachable { .. }
             | Wire::NobodyCame { .. } => Rank::Witness,
             _ => Rank::Cause,
+        }
+    }
+}
+
+impl From<veiltune_adapt::Error> for Error {
+    fn from(e: veiltune_adapt::Error) -> Self {
+        match e {
+            veiltune_adapt::Error::Interrupted => Error::Interrupted,
+            veiltune_adapt::Error::Engine(e) => Error::Engine(e),
+            e => Error::Input(e.to_string()),
         }
     }
 }

@@ -105,6 +105,8 @@ impl Classified {
 /// What a compute party measured. Byte counts are pairs: client to provider, provider to client.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Measured {
+    /// Images of the session.
+    pub images: usize,
     /// Seconds of the backbone; zero at the provider.
     pub backbone: f64,
     /// Seconds for opening the parameters.
@@ -125,7 +127,7 @@ pub struct Measured {
 
 impl Measured {
     /// From what `party` saw.
-    pub fn new(party: Party, report: &Report, backbone: f64) -> Measured {
+    pub fn new(party: Party, report: &Report, images: usize, backbone: f64) -> Measured {
         let pair = |sent, received| {
             if party == Party::P0 {
                 [sent, received]
@@ -134,6 +136,7 @@ impl Measured {
             }
         };
         Measured {
+            images,
             backbone,
             setup: report.setup.as_secs_f64(),
             offline: report.offline.as_secs_f64(),

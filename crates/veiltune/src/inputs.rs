@@ -3,10 +3,12 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use veiltune_hub::{AdapterConfig, files};
+use rayon::prelude::*;
+use veiltune_hub::{AdapterConfig, adapter, files};
+use veiltune_nn::Method;
 use veiltune_nn::load::{Backbone, Classifier};
-use veiltune_nn::{OwcConfig, owc};
 
+use crate::prepare::Preparation;
 use crate::{Error, Result};
 
 macro_rules! asset {
@@ -80,13 +82,46 @@ impl Pictures {
         }
     }
 
-    /// Picture `i` as the backbone wants it.
-    pub fn load(&self, i: usize, backbone: &Backbone) -> Result<Vec<f32>> {
+    /// Picture `i` as it is to be prepared.
+    pub fn load(&self, i: usize, preparation: &Preparation) -> Result<Vec<f32>> {
         let read = match self {
-            Pictures::Embedded => backbone.decode(PICTURES[i].0, PICTURES[i].1),
-            Pictures::Files(paths) => backbone.picture(&paths[i]),
+            Pictures::Embedded => preparation.decode(PICTURES[i].0, PICTURES[i].1),
+            Pictures::Files(paths) => preparation.picture(&paths[i]),
         };
         read.map_err(|e| Error::Input(format!("{e}; give readable PNG or JPEG files")))
+    }
+
+    /// Reads every picture, before anything is promised to anybody; the error of the first that cannot be used, which names it.
+    /// With `skip` those are left out instead, and `skipped` hears of each.
+    pub fn check(
+        self,
+        preparation: &Preparation,
+        skip: bool,
+        mut skipped: impl FnMut(Error),
+    ) -> Result<Pictures> {
+        let read = |i| self.load(i, preparation).map(drop);
+        if !skip {
+            return match (0..self.len())
+                .into_par_iter()
+                .map(read)
+                .find_first(Result::is_err)
+            {
+                Some(Err(e)) => Err(e),
+                _ => Ok(self),
+            };
+        }
+        let read: Vec<Result<()>> = (0..self.len()).into_par_iter().map(read).collect();
+        let Pictures::Files(paths) = self else {
+            return Ok(self);
+        };
+        let mut kept = Vec::with_capacity(paths.len());
+        for (path, read) in paths.into_iter().zip(read) {
+            match read {
+                Ok(()) => kept.push(path),
+                Err(e) => skipped(e),
+            }
+        }
+        Ok(Pictures::Files(kept))
     }
 
     /// The number of each picture's true class, where `labels.json` beside it or its own name (`NAME_label.png`) tells.
@@ -154,13 +189,14 @@ fn in_directory(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// The backbone in `dir` (`config.json` and `model.safetensors` or `backbone.safetensors`), or the embedded one.
-pub fn backbone(dir: Option<&Path>) -> Result<Backbone> {
-    match dir {
-        Some(dir) => Backbone::open(dir),
+/// The backbone that is meant: a folder (`config.json` and `model.safetensors` or `backbone.safetensors`), a model of the hub,
+/// or the embedded one.
+pub fn backbone(name: Option<&str>) -> Result<Backbone> {
+    match name {
+        Some(name) => Backbone::find(name),
         None => Backbone::from_bytes(asset!("config.json"), &asset!("backbone.safetensors")[..]),
     }
-    .map_err(|e| bad_weights(e, dir, "--backbone"))
+    .map_err(|e| bad_weights(e, name.map(Path::new), "--backbone"))
 }
 
 /// The adapter in `dir` (`adapter_config.json` and `adapter_model.safetensors`), or the embedded one.
@@ -175,33 +211,27 @@ pub fn classifier(dir: Option<&Path>) -> Result<Classifier> {
     .map_err(|e| bad_weights(e, dir, "--adapter"))
 }
 
-/// What is public of an adapter, from its `adapter_config.json` alone, or of the embedded one.
-pub fn adapter_config(file: Option<&Path>) -> Result<OwcConfig> {
-    let Some(file) = file else {
+/// What is public of an adapter, from its `adapter_config.json` or the directory that it is in, or of the embedded one.
+pub fn adapter_config(path: Option<&Path>) -> Result<AdapterConfig<Method>> {
+    let Some(path) = path else {
         return Ok(classifier(None)?.config);
     };
-    let read = || -> veiltune_nn::Result<OwcConfig> {
-        let bytes = files::read(file, MAX_CONFIG)?;
-        let parsed = AdapterConfig::<OwcConfig>::parse(&file.to_string_lossy(), &bytes, owc::PEFT_TYPE)?;
-        parsed.method.check()?;
-        Ok(parsed.method)
+    let file = &match path.is_dir() {
+        true => path.join(adapter::CONFIG_FILE),
+        false => path.to_owned(),
     };
-    let config = read().map_err(|e| {
+    let read = || -> veiltune_nn::Result<AdapterConfig<Method>> {
+        let config = AdapterConfig::<Method>::open(file)?;
+        config.method.check()?;
+        Ok(config)
+    };
+    read().map_err(|e| {
         let detail = placed(e, &file.display().to_string());
         Error::Input(format!(
             "{detail}; give an adapter's adapter_config.json to --adapter-config"
         ))
-    })?;
-    // An adapter is served folded, whatever form its file is in.
-    Ok(OwcConfig {
-        folded: true,
-        scale: if config.folded { config.scale } else { 1.0 },
-        ..config
     })
 }
-
-/// Bytes of the longest configuration that is read.
-const MAX_CONFIG: u64 = 1 << 22;
 
 /// An error that names the directory and the option.
 pub fn bad_weights(e: impl std::fmt::Display, dir: Option<&Path>, option: &str) -> Error {
@@ -219,26 +249,6 @@ fn placed(e: impl std::fmt::Display, place: &str) -> String {
         true => detail,
         false => format!("{place}: {detail}"),
     }
-}
-
-/// Refuses an adapter that was not trained for this backbone.
-pub fn check_fit(backbone: &Backbone, adapter: &OwcConfig) -> Result<()> {
-    let b = &backbone.config;
-    if (adapter.hidden_size, adapter.tokens) != (b.hidden_size, backbone.tokens())
-        || adapter.scope > b.num_hidden_layers
-    {
-        return Err(Error::Input(format!(
-            "the adapter is for a backbone of width {} with {} tokens and at least {} blocks, this one has width {}, {} tokens \
-             and {} blocks; give the pair that was trained together to --backbone and --adapter",
-            adapter.hidden_size,
-            adapter.tokens,
-            adapter.scope,
-            b.hidden_size,
-            backbone.tokens(),
-            b.num_hidden_layers
-        )));
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -278,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn the_public_file_alone_gives_the_configuration_that_the_provider_serves() {
+    fn the_public_file_alone_gives_the_configuration_that_the_provider_has() {
         let path =
             Path::new(env!("CARGO_MANIFEST_DIR")).join("../../assets/demo/adapter/adapter_config.json");
         let served = classifier(None).unwrap().config;
@@ -286,17 +296,12 @@ mod tests {
         assert_eq!(adapter_config(None).unwrap(), served);
 
         let dir = tempfile::tempdir().unwrap();
-        let folded = dir.path().join("folded.json");
-        let config = AdapterConfig {
-            peft_type: owc::PEFT_TYPE.into(),
-            base_model_name_or_path: String::new(),
-            method: served.clone(),
-        };
-        files::write_json(&folded, &config).unwrap();
-        assert_eq!(adapter_config(Some(&folded)).unwrap(), served);
+        let other = dir.path().join("other.json");
+        files::write_json(&other, &served).unwrap();
+        assert_eq!(adapter_config(Some(&other)).unwrap(), served);
 
-        std::fs::write(&folded, "{}").unwrap();
-        for path in [&folded, &dir.path().join("absent.json")] {
+        std::fs::write(&other, "{}").unwrap();
+        for path in [&other, &dir.path().join("absent.json")] {
             let e = adapter_config(Some(path)).unwrap_err();
             assert_eq!(e.exit_code(), 2);
             let name = path.file_name().unwrap().to_str().unwrap();
@@ -309,9 +314,8 @@ mod tests {
 
     #[test]
     fn embedded_pictures_have_known_labels() {
-        let config = classifier(None).unwrap().config;
-        check_fit(&backbone(None).unwrap(), &config).unwrap();
-        let classes = Pictures::Embedded.true_classes(&config.labels).unwrap();
+        let method = classifier(None).unwrap().config.method;
+        let classes = Pictures::Embedded.true_classes(method.labels()).unwrap();
         let each_twice = (0..10).flat_map(|c| [Some(c), Some(c)]).collect::<Vec<_>>();
         assert_eq!(classes, each_twice);
     }

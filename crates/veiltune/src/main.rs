@@ -8,12 +8,16 @@ mod demo;
 mod error;
 mod events;
 mod inputs;
-mod job;
+mod learn;
+mod methods;
 mod planning;
+mod prepare;
 mod program;
 mod progress;
 mod report;
 mod roles;
+mod service;
+mod session;
 
 use std::io::IsTerminal;
 use std::path::PathBuf;
@@ -57,20 +61,34 @@ enum Command {
     /// Material depends on the adapter's public configuration and the number of images alone, so it can be made long before.
     /// Each file goes to its own party, in secret: whoever holds both can see everything. A run removes what it uses.
     Deal(deal::DealArgs),
+    /// Train an adapter on labelled pictures, in the clear
+    ///
+    /// The backbone's hidden states are computed once and kept in a cache, so that training takes minutes. An interrupted run goes
+    /// on where it stopped when the same command is given again.
+    Train(learn::train::TrainArgs),
+    /// Search for an adapter that is accurate enough and cheap enough, training as few as possible
+    ///
+    /// Candidates are measured on a part of the training pictures; the test pictures are never read. Writes the adapter that was
+    /// found, and the Pareto front of accuracy against seconds as tables and a plot. Can be interrupted and resumed.
+    Search(learn::search::SearchArgs),
+    /// Measure how often a trained adapter is right, in floating point or in the protocols' fixed point
+    ///
+    /// On the test part of the pictures, or on all of them where nothing tells training pictures from test pictures.
+    Evaluate(learn::evaluate::EvaluateArgs),
     /// Say what a run will cost, before anything runs
     ///
-    /// Exact rounds and bytes, by operation, and estimated seconds on three networks with either comparison.
+    /// Exact rounds and bytes, by operation and by layer, memory, and estimated seconds on three networks with either comparison.
     Plan(planning::PlanArgs),
     /// Make the keys and certificates that three machines prove themselves with
     Keys(commands::KeysArgs),
-    /// Deal randomness to one run of `serve` and `classify` on other machines, then end
+    /// Deal randomness to sessions of `serve` and `classify` on other machines, one after the other
     ///
-    /// Start this first, then `serve`, then `classify`. Sees no image, no adapter and no result. All three must be given the same
-    /// number of images, --batch, --network and --comparison, and the configuration of the same adapter.
+    /// Start this first, then `serve`. Sees no image, no adapter and no result. All three must be given the configuration of the
+    /// same adapter; the client says how many images there are.
     Dealer(commands::DealerArgs),
-    /// Serve a private adapter to one run of `classify` on another machine, then end
+    /// Serve a private adapter to clients on other machines, session after session
     ///
-    /// Learns nothing of the images or of their labels.
+    /// Learns nothing of the images or of their labels. A client that fails or vanishes ends its own session only.
     Serve(commands::ServeArgs),
     /// Classify images with an adapter that another machine serves
     ///
@@ -100,6 +118,12 @@ enum Bench {
 
 fn main() -> ExitCode {
     let command = Cli::parse().command;
+    if matches!(
+        command,
+        Command::Train(_) | Command::Search(_) | Command::Evaluate(_)
+    ) {
+        veiltune_adapt::workers::restart_unsplit();
+    }
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
@@ -111,6 +135,9 @@ fn main() -> ExitCode {
     let (result, told) = match &command {
         Command::Demo(args) => (demo::run(args), false),
         Command::Deal(args) => (deal::run(args), false),
+        Command::Train(args) => learn::told(learn::train::run(args)),
+        Command::Search(args) => learn::told(learn::search::run(args)),
+        Command::Evaluate(args) => learn::told(learn::evaluate::run(args)),
         Command::Plan(args) => (planning::run(args), false),
         Command::Keys(args) => (commands::keys(args), false),
         Command::Dealer(args) => (commands::dealer(args), false),

@@ -7,22 +7,21 @@ use std::path::PathBuf;
 use clap::Args;
 use serde::Serialize;
 use veiltune_engine::{Comparison, Cost};
+use veiltune_nn::load::Served;
 use veiltune_wire::Network;
 
 use crate::inputs;
-use crate::program::{Batches, Classification, Compare};
+use crate::program::{Batches, CLIENT, Classification, Compare, PROVIDER};
 use crate::report::{aligned, comparison_name, grouped, print};
+use crate::session::ahead;
 use crate::{Error, Result};
 
 /// What `veiltune plan` takes.
 #[derive(Args, Debug)]
 pub struct PlanArgs {
-    /// Directory of the adapter [default: the embedded one]
-    #[arg(long, value_name = "DIR", conflicts_with = "adapter_config")]
+    /// The adapter's public adapter_config.json, or the directory that it is in [default: the embedded one]
+    #[arg(long, visible_alias = "adapter-config", value_name = "DIR|FILE")]
     adapter: Option<PathBuf>,
-    /// The adapter's adapter_config.json alone, which is enough
-    #[arg(long, value_name = "FILE")]
-    adapter_config: Option<PathBuf>,
     /// Number of images
     #[arg(long, default_value = "1", value_name = "N")]
     images: NonZeroUsize,
@@ -41,8 +40,9 @@ pub struct PlanArgs {
     /// Print one JSON object to standard output instead of tables
     ///
     /// Its members: images, batch, network, comparison, rounds, online_bytes [client to provider, provider to client], setup_bytes
-    /// (likewise), dealer_bytes [to client, to provider], macs [of the client, of the provider], operations {name: the same}, gmacs,
-    /// estimates [{network, comparison, cheapest, rounds, wire_seconds, compute_seconds, online_seconds, dealer_seconds}].
+    /// (likewise), dealer_bytes [to client, to provider], macs [of the client, of the provider], operations {name: the same},
+    /// layers [{layer, and the same}, in order], memory_bytes [of client, provider, dealer], gmacs, estimates [{network,
+    /// comparison, cheapest, rounds, wire_seconds, compute_seconds, online_seconds, dealer_seconds}].
     #[arg(long)]
     json: bool,
 }
@@ -52,19 +52,17 @@ pub fn run(args: &PlanArgs) -> Result<()> {
     if !(args.gmacs > 0.0 && args.gmacs.is_finite()) {
         return Err(Error::Input("--gmacs must be a positive number".into()));
     }
-    let adapter = match &args.adapter {
-        Some(dir) => inputs::classifier(Some(dir))?.config,
-        None => inputs::adapter_config(args.adapter_config.as_deref())?,
-    };
+    let served = Served::shapes(&inputs::adapter_config(args.adapter.as_deref())?.method);
     let images = args.images;
     let batch = args.batch.min(images);
     let batches = Batches {
         images: images.get(),
         batch,
     };
-    let mut program = Classification::public(&adapter, batches);
+    let mut program = Classification::public(&served, batches);
     program.comparison = args.comparison.over(&args.network, &program)?;
-    let tally = program.plan()?.tally;
+    let plan = program.plan()?;
+    let (tally, ahead) = (&plan.tally, ahead(&plan));
     let outlook = Outlook {
         images: images.get(),
         batch: batch.get(),
@@ -73,6 +71,18 @@ pub fn run(args: &PlanArgs) -> Result<()> {
         total: tally.total(),
         setup_bytes: tally.setup_bytes,
         operations: tally.operations().map(|(name, c)| (name, c.clone())).collect(),
+        layers: tally
+            .layers()
+            .map(|(layer, cost)| Layer {
+                layer: layer.to_owned(),
+                cost: cost.clone(),
+            })
+            .collect(),
+        memory_bytes: [
+            tally.memory.party(CLIENT, ahead),
+            tally.memory.party(PROVIDER, ahead),
+            tally.memory.dealer(),
+        ],
         gmacs: args.gmacs,
         estimates: estimates(args, program)?,
     };
@@ -124,8 +134,19 @@ struct Outlook {
     total: Cost,
     setup_bytes: [u64; 2],
     operations: BTreeMap<&'static str, Cost>,
+    layers: Vec<Layer>,
+    /// Of client, provider and dealer.
+    memory_bytes: [u64; 3],
     gmacs: f64,
     estimates: Vec<Estimate>,
+}
+
+/// What a layer costs in all passes.
+#[derive(Serialize)]
+struct Layer {
+    layer: String,
+    #[serde(flatten)]
+    cost: Cost,
 }
 
 /// One comparison on one network.
@@ -149,16 +170,19 @@ impl Outlook {
             self.batch,
             comparison_name(self.comparison)
         );
-        let head = [
-            "operation",
-            "rounds",
-            "client to provider",
-            "provider to client",
-            "dealer to client",
-            "dealer to provider",
-            "multiply-adds of client",
-            "of provider",
-        ];
+        let head = |what: &str| {
+            let columns = [
+                what,
+                "rounds",
+                "client to provider",
+                "provider to client",
+                "dealer to client",
+                "dealer to provider",
+                "multiply-adds of client",
+                "of provider",
+            ];
+            columns.map(String::from)
+        };
         let row = |name: &str, c: &Cost| {
             let pairs = [c.online_bytes, c.dealer_bytes, c.macs].into_iter().flatten();
             let numbers: Vec<u64> = std::iter::once(c.rounds).chain(pairs).collect();
@@ -170,14 +194,22 @@ impl Outlook {
                 }
             })
         };
-        let mut rows = vec![head.map(String::from)];
+        let mut rows = vec![head("operation")];
         rows.extend(self.operations.iter().map(|(name, cost)| row(name, cost)));
+        rows.push(head("layer"));
+        rows.extend(self.layers.iter().map(|l| row(&l.layer, &l.cost)));
         rows.push(row("all", &self.total));
         text += &aligned(&rows, &[1, 2, 3, 4, 5, 6, 7]);
         text += &format!(
-            "Bytes. Once a session besides, for the weights: {} from the client to the provider, {} back.\n\n",
+            "Bytes. Once a session besides, for the weights: {} from the client to the provider, {} back.\n",
             grouped(self.setup_bytes[0]),
             grouped(self.setup_bytes[1])
+        );
+        let mib = |bytes: u64| format!("{:.1} MiB", bytes as f64 / (1 << 20) as f64);
+        let [client, provider, dealer] = self.memory_bytes.map(mib);
+        text += &format!(
+            "Memory for tensors and material, at most: client {client}, provider {provider}, dealer {dealer}. The backbone and \
+             the weights come on top.\n\n"
         );
 
         let head = [

@@ -1,4 +1,4 @@
-//! The private program: what the client's hidden states and the provider's adapter become.
+//! The private program: what the client's prepared pictures and the provider's weights become.
 
 use std::num::NonZeroUsize;
 use std::ops::Range;
@@ -6,10 +6,9 @@ use std::ops::Range;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use veiltune_engine::session::{Plan, Program, cheapest_comparison, plan};
-use veiltune_engine::{Backend, Comparison, Error as EngineError, Owner, Party, Plain, Revealed};
-use veiltune_hub::Tensors;
-use veiltune_nn::load::Backbone;
-use veiltune_nn::{Owc, OwcConfig, Vit, load};
+use veiltune_engine::{Backend, Comparison, Error as EngineError, Owner, Party, Revealed};
+use veiltune_nn::load::Served;
+use veiltune_nn::{Method, Private, Read};
 use veiltune_wire::Network;
 
 use crate::Result;
@@ -19,8 +18,31 @@ pub const CLIENT: Party = Party::P0;
 /// The party that has the adapter.
 pub const PROVIDER: Party = Party::P1;
 
-/// The hidden states of one image that the adapter reads, the last at the class token alone.
-pub type Hidden = Vec<Vec<f32>>;
+/// What the private part reads of one image, or of one pass of images: the values of each of [`Method::reads`].
+pub type Inputs = Vec<Vec<f32>>;
+
+/// Where the client's inputs come from.
+pub trait Images: Sync {
+    /// The inputs for the images of a pass, each read's values image after image. None where shapes are enough.
+    fn pass(&self, images: Range<usize>) -> Result<Option<Inputs>, EngineError>;
+}
+
+impl Images for Vec<Inputs> {
+    fn pass(&self, images: Range<usize>) -> Result<Option<Inputs>, EngineError> {
+        Ok(self.get(images).map(|images| together(images.iter())))
+    }
+}
+
+/// The inputs of several images as those of one pass.
+pub fn together<'a>(mut images: impl Iterator<Item = &'a Inputs>) -> Inputs {
+    let mut all = images.next().cloned().unwrap_or_default();
+    for image in images {
+        all.iter_mut()
+            .zip(image)
+            .for_each(|(all, values)| all.extend_from_slice(values));
+    }
+    all
+}
 
 /// How many images there are, and how many of them share each forward pass. A pass takes as many rounds for many images as for
 /// one.
@@ -68,31 +90,29 @@ impl Compare {
     }
 }
 
-/// Adapter and head on hidden states; logits to the client.
+/// The private part of a classification on what the client has prepared; logits to the client.
 ///
 /// The same value serves every interpreter: with neither secret it deals and plans, with one it is a party's, with both it
 /// is the plain-float reference.
+#[derive(Clone, Copy)]
 pub struct Classification<'a> {
-    /// Architecture and calibration, public.
-    pub config: &'a OwcConfig,
-    /// Number of images, and of images a pass, public.
+    /// Method and parameters, as far as they are known here.
+    pub served: &'a Served,
+    /// How images are divided into passes.
     pub batches: Batches,
-    /// How the parties compare numbers, public.
+    /// How the parties compare numbers.
     pub comparison: Comparison,
-    /// The adapter's weights, at the provider.
-    pub weights: Option<&'a Tensors>,
-    /// Each image's hidden states, at the client.
-    pub images: Option<&'a [Hidden]>,
+    /// The client's.
+    pub images: Option<&'a dyn Images>,
 }
 
 impl<'a> Classification<'a> {
-    /// What everybody knows of it, with the default comparison.
-    pub fn public(config: &'a OwcConfig, batches: Batches) -> Self {
+    /// Without images, with the default comparison.
+    pub fn public(served: &'a Served, batches: Batches) -> Self {
         Classification {
-            config,
+            served,
             batches,
             comparison: Comparison::default(),
-            weights: None,
             images: None,
         }
     }
@@ -103,73 +123,59 @@ impl<'a> Classification<'a> {
     }
 }
 
+/// What `method` reads, for the shapes alone: which hidden states they are depends on the backbone, their shapes do not.
+pub fn shapes_read(method: &Method) -> Result<Vec<Read>, veiltune_nn::Error> {
+    method.reads(match method {
+        Method::Owc(c) => c.scope,
+        Method::Head(_) => 0,
+        Method::Encoder(c) => c.vit.num_hidden_layers,
+    })
+}
+
 impl Program for Classification<'_> {
-    type Model<B: Backend> = Owc<B>;
+    type Model<B: Backend> = Private<B>;
 
     fn comparison(&self) -> Comparison {
         self.comparison
     }
 
-    fn load<B: Backend>(&self, backend: &B) -> Result<Owc<B>, EngineError> {
-        let owner = Owner::Party(PROVIDER);
-        let params = match self.weights {
-            Some(weights) => load::params(backend, owner, weights),
-            None => load::shapes(backend, owner),
-        };
-        Owc::load(&params, self.config).map_err(|e| match e {
-            veiltune_nn::Error::Engine(e) => e,
-            e => EngineError::program("adapter", e.to_string()),
-        })
+    fn load<B: Backend>(&self, backend: &B) -> Result<Private<B>, EngineError> {
+        self.served
+            .load(backend, Owner::Party(PROVIDER))
+            .map_err(of_model)
     }
 
     fn forward<B: Backend>(
         &self,
         backend: &B,
-        model: &Owc<B>,
+        model: &Private<B>,
         index: usize,
     ) -> Result<Option<Revealed>, EngineError> {
-        let OwcConfig {
-            scope,
-            tokens,
-            hidden_size,
-            ..
-        } = *self.config;
+        let method = &self.served.method;
         let pass = self.batches.pass(index);
-        let images = self.images.and_then(|images| images.get(pass.clone()));
-        let states = (0..=scope).map(|i| {
-            let dims = [pass.len(), if i < scope { tokens } else { 1 }, hidden_size];
-            let values: Option<Vec<f32>> = images.map(|images| {
-                images
-                    .iter()
-                    .filter_map(|states| states.get(i))
-                    .flatten()
-                    .copied()
-                    .collect()
-            });
-            backend.input(Owner::Party(CLIENT), &dims, values.as_deref())
+        let values = self
+            .images
+            .map(|images| images.pass(pass.clone()))
+            .transpose()?
+            .flatten();
+        let reads = shapes_read(method).map_err(of_model)?;
+        let inputs = reads.iter().enumerate().map(|(i, read)| {
+            let values = values
+                .as_ref()
+                .and_then(|values| values.get(i))
+                .map(Vec::as_slice);
+            backend.input(Owner::Party(CLIENT), &method.input_dims(read, pass.len()), values)
         });
-        let logits = model.forward(backend, &states.collect::<Result<Vec<_>, _>>()?)?;
+        let logits = model.forward(backend, &inputs.collect::<Result<Vec<_>, _>>()?)?;
         backend.reveal(&logits, CLIENT)
     }
 }
 
-/// Runs the public backbone on one prepared image, and keeps what an adapter of this scope reads.
-pub fn hidden_states(backbone: &Backbone, vit: &Vit<Plain>, pixels: &[f32], scope: usize) -> Result<Hidden> {
-    let b = Plain::new();
-    let (channels, size) = (backbone.config.num_channels, backbone.config.image_size);
-    let image = b.input(Owner::Public, &[1, channels, size, size], Some(pixels))?;
-    let states = vit.forward(&b, &image)?;
-    let read = states[states.len() - 1 - scope..].iter().enumerate();
-    let keep = read.map(|(i, state)| {
-        let state = if i < scope {
-            state.clone()
-        } else {
-            b.narrow(state, 1, 0, 1)?
-        };
-        let values = b.reveal(&state, CLIENT)?.map_or_else(Vec::new, |r| r.values);
-        Ok(values.into_iter().map(|v| v as f32).collect())
-    });
-    keep.collect()
+fn of_model(e: veiltune_nn::Error) -> EngineError {
+    match e {
+        veiltune_nn::Error::Engine(e) => e,
+        e => EngineError::program("adapter", e.to_string()),
+    }
 }
 
 #[cfg(test)]

@@ -1,6 +1,8 @@
 //! What the user sees on standard error while a command works.
 
 use std::io::IsTerminal;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
@@ -13,12 +15,15 @@ const STAGES: [(Stage, &str); 4] = [
     (Stage::Reference, "plain float, to compare with"),
 ];
 
+/// Between two lines of a stage.
+const OFTEN: Duration = Duration::from_secs(15);
+
 /// Bars on a terminal, plain lines elsewhere, or nothing.
 pub enum Progress {
     /// A bar for each stage.
     Bars(MultiProgress, [ProgressBar; 4]),
-    /// A line when a stage is done.
-    Lines,
+    /// A line when a stage is done, and now and then before.
+    Lines(Mutex<[Option<(Instant, Instant)>; 4]>),
     /// The log alone.
     Quiet,
 }
@@ -30,10 +35,11 @@ impl Progress {
             return Progress::Quiet;
         }
         if !std::io::stderr().is_terminal() {
-            return Progress::Lines;
+            return Progress::Lines(Mutex::default());
         }
         let bars = MultiProgress::new();
-        let style = ProgressStyle::with_template("{prefix:32} {bar:30} {pos}/{len} images  {elapsed}");
+        let style =
+            ProgressStyle::with_template("{prefix:32} {bar:30} {pos}/{len} images  {elapsed}, {eta} left");
         let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
         let each = STAGES.map(|(_, name)| ProgressBar::new(0).with_style(style.clone()).with_prefix(name));
         Progress::Bars(bars, each)
@@ -58,8 +64,19 @@ impl Progress {
                     bar.abandon();
                 }
             }
-            Progress::Lines if done == total => eprintln!("{}: {done} of {total} images", STAGES[index].1),
-            Progress::Lines | Progress::Quiet => {}
+            Progress::Lines(told) => {
+                let now = Instant::now();
+                let mut told = told.lock().unwrap_or_else(PoisonError::into_inner);
+                let (began, last) = told[index].get_or_insert((now, now));
+                if done == total {
+                    eprintln!("{}: {done} of {total} images", STAGES[index].1);
+                } else if now - *last >= OFTEN {
+                    *last = now;
+                    let left = (now - *began).as_secs_f64() / done.max(1) as f64 * (total - done) as f64;
+                    eprintln!("{}: {done} of {total} images, {left:.0} s left", STAGES[index].1);
+                }
+            }
+            Progress::Quiet => {}
         }
     }
 
@@ -67,7 +84,7 @@ impl Progress {
     pub fn log(&self, line: &str) {
         match self {
             Progress::Bars(bars, _) => bars.suspend(|| eprintln!("{line}")),
-            Progress::Lines | Progress::Quiet => eprintln!("{line}"),
+            Progress::Lines(_) | Progress::Quiet => eprintln!("{line}"),
         }
     }
 }

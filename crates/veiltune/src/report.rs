@@ -9,7 +9,7 @@ use veiltune_wire::Network;
 
 use crate::demo::Inputs;
 use crate::events::{Classified, Measured};
-use crate::job::overlaps;
+use crate::session::overlaps;
 use crate::{Error, Result};
 
 /// Logits that differ by more than this come from inputs outside the calibrated ranges.
@@ -174,7 +174,7 @@ struct Row {
 impl Report {
     /// From what was planned, what was learned, and what plain float gives.
     pub fn new(inputs: &Inputs, network: Network, private: &Private, plain: &[Classified]) -> Result<Report> {
-        let labels = &inputs.classifier.config.labels;
+        let labels = inputs.classifier.config.method.labels();
         let label = |class: usize| {
             labels
                 .get(class)

@@ -3,22 +3,28 @@
 //! image -> preprocess -> backbone, in the clear at the client -> hidden states -> input of the session -> adapter and head
 //! between client and provider, on material from the dealer -> reveal to the client -> label.
 
+use std::collections::HashMap;
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use veiltune_engine::Comparison;
 use veiltune_engine::session::serve_material;
-use veiltune_engine::{Comparison, Plain};
-use veiltune_hub::files;
-use veiltune_nn::{OwcConfig, load::Classifier};
-use veiltune_wire::{Identity, Network};
+use veiltune_hub::{AdapterConfig, files};
+use veiltune_nn::Method;
+use veiltune_nn::load::Served;
+use veiltune_wire::{Identity, Link, Network};
 
 use crate::events::{Classified, Event, Measured, Stage};
 use crate::inputs::{self, Pictures};
-use crate::job::Job;
-use crate::program::{Batches, CLIENT, Classification, PROVIDER, hidden_states};
+use crate::prepare::{Preparation, prepared};
+use crate::program::{Batches, CLIENT, Classification, PROVIDER};
+use crate::service::{Budget, Limits, serve};
+use crate::session::{Open, Request, Session, SessionId, Station, check_backbone, new_session};
 use crate::{Error, Result};
 
 /// The part that a process plays.
@@ -51,32 +57,16 @@ impl Role {
 /// What a role is told: what all of them agree on, and its own part.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Config<R> {
-    /// The session, the same at all roles. None: the dealer draws it, and tells the others when they call.
-    pub session: Option<[u8; 16]>,
     /// Directory of this role's key and certificates.
     pub credentials: PathBuf,
-    /// Emulated between client and provider.
+    /// Emulated on every link.
     pub network: Network,
-    /// Longest time to wait for another role to call or to give a sign of life, seconds.
+    /// Longest time to wait for another role to answer or to join a session, seconds.
     pub wait: f64,
-    /// Number of images, and of images a pass.
-    pub batches: Batches,
-    /// How the parties compare numbers.
-    pub comparison: Comparison,
-    /// Public configuration of the adapter, folded.
-    pub adapter: OwcConfig,
+    /// What is public of the adapter, as it was trained.
+    pub adapter: AdapterConfig<Method>,
     /// What only this role has.
     pub own: R,
-}
-
-impl<R> Config<R> {
-    /// What all roles know of the run.
-    pub fn program(&self) -> Classification<'_> {
-        Classification {
-            comparison: self.comparison,
-            ..Classification::public(&self.adapter, self.batches)
-        }
-    }
 }
 
 /// The client's part.
@@ -84,8 +74,12 @@ impl<R> Config<R> {
 pub struct ClientConfig {
     /// Image files; None for the embedded ones.
     pub pictures: Option<Vec<PathBuf>>,
-    /// Directory of the backbone; None for the embedded one.
-    pub backbone: Option<PathBuf>,
+    /// Images a pass.
+    pub batch: NonZeroUsize,
+    /// How the parties compare numbers.
+    pub comparison: Comparison,
+    /// The backbone, a folder or a model of the hub; None for the embedded one.
+    pub backbone: Option<String>,
     /// Address of the provider.
     pub provider: String,
     /// Where material comes from.
@@ -99,8 +93,14 @@ pub struct ProviderConfig {
     pub listen: String,
     /// Directory of the adapter; None for the embedded one.
     pub weights: Option<PathBuf>,
+    /// The backbone, for methods that run it privately; as for the client.
+    pub backbone: Option<String>,
     /// Where material comes from.
     pub material: Material,
+    /// For whom.
+    pub limits: Limits,
+    /// Images in all of each client, over all sessions; None: any number.
+    pub budget: Option<NonZeroUsize>,
 }
 
 /// The dealer's part.
@@ -108,6 +108,8 @@ pub struct ProviderConfig {
 pub struct DealerConfig {
     /// Where it accepts calls, HOST:PORT.
     pub listen: String,
+    /// For whom.
+    pub limits: Limits,
 }
 
 /// Where a party's material comes from.
@@ -120,17 +122,31 @@ pub enum Material {
     File(PathBuf),
 }
 
+impl Material {
+    /// Refuses a file that is not there, before anybody is called.
+    fn check(&self) -> Result<()> {
+        match self {
+            Material::File(path) if !path.exists() => Err(Error::Input(format!(
+                "{}: no such material; a session that has begun has consumed it (it serves exactly once): have the dealer \
+                 make another",
+                path.display()
+            ))),
+            _ => Ok(()),
+        }
+    }
+}
+
 /// Who hears what a role has to tell.
-pub type Tell<'a> = &'a dyn Fn(Event);
+pub type Tell<'a> = &'a (dyn Fn(Event) + Sync);
 
 /// Plays `role` as the configuration file says, and tells the process that started it how it ended.
 pub fn run(role: Role, config: &Path) -> Result<()> {
     end_with_parent();
-    let emit = |event: Event| event.emit();
+    let (emit, open) = (|event: Event| event.emit(), Open::default());
     let result = match role {
-        Role::Client => read(config).and_then(|c| client(&c, &emit)),
-        Role::Provider => read(config).and_then(|c| provider(&c, &emit)),
-        Role::Dealer => read(config).and_then(|c| dealer(&c, &emit)),
+        Role::Client => read(config).and_then(|c| client(&c, &emit, &open)),
+        Role::Provider => read(config).and_then(|c| provider(&c, &emit, &open)),
+        Role::Dealer => read(config).and_then(|c| dealer(&c, &emit, &open)),
     };
     if let Err(e) = &result {
         let message = e.to_string().replace(['\n', '\r'], " ");
@@ -148,98 +164,212 @@ fn read<R: DeserializeOwned>(path: &Path) -> Result<Config<R>> {
     files::read_json(path).map_err(|e| Error::Input(format!("{e}; give a role's configuration file")))
 }
 
-/// Images in, labels out.
-pub fn client(c: &Config<ClientConfig>, tell: Tell) -> Result<()> {
-    // image -> preprocess -> backbone, in the clear -> hidden states
-    let pictures = c.own.pictures.clone().map_or(Pictures::Embedded, Pictures::Files);
-    if pictures.len() != c.batches.images {
-        let detail = format!(
-            "the run is for {} images, there are {}",
-            c.batches.images,
-            pictures.len()
-        );
-        return Err(Error::Input(format!(
-            "{detail}; set all roles up for as many images as the client has"
-        )));
-    }
-    let job = Job::new(Role::Client, c, &c.program(), tell)?;
-    let backbone = inputs::backbone(c.own.backbone.as_deref())?;
-    inputs::check_fit(&backbone, &c.adapter)?;
-    let vit = backbone.load(&Plain::new())?;
-    let (mut images, mut spent) = (Vec::new(), Duration::ZERO);
-    for i in 0..c.batches.images {
-        let pixels = pictures.load(i, &backbone)?;
-        let start = Instant::now();
-        images.push(hidden_states(&backbone, &vit, &pixels, c.adapter.scope)?);
-        spent += start.elapsed();
+/// Images in, labels out: one session.
+pub fn client(c: &Config<ClientConfig>, tell: Tell, open: &Open) -> Result<()> {
+    let own = &c.own;
+    let pictures = own.pictures.clone().map_or(Pictures::Embedded, Pictures::Files);
+    let images =
+        NonZeroUsize::new(pictures.len()).ok_or_else(|| Error::Input("there are no images".into()))?;
+    own.material.check()?;
+    let preparation = Preparation::new(&c.adapter, own.backbone.as_deref())?;
+    let named = own.backbone.as_deref().unwrap_or("the embedded one");
+    let fingerprint = check_backbone(&c.adapter, preparation.backbone(), named)?;
+    let served = preparation.served(&c.adapter.method)?;
+    let station = Station::new(Role::Client, c, fingerprint, tell, open)?;
+    let request = Request {
+        batches: Batches {
+            images: images.get(),
+            batch: own.batch.min(images),
+        },
+        comparison: own.comparison,
+    };
+    let progress = |done| {
         tell(Event::Progress {
             stage: Stage::Backbone,
-            done: i + 1,
-            total: c.batches.images,
+            done,
+            total: images.get(),
         });
-    }
-
-    // hidden states -> input of the session -> adapter and head -> reveal to the client -> label
-    let program = Classification {
-        images: Some(&images),
-        ..c.program()
     };
-    job.guard(|| {
-        let dealer = job.call_dealer(&c.own.material)?;
-        let provider = job.call(Role::Provider, &c.own.provider)?;
-        let material = job.material(CLIENT, &c.own.material, dealer)?;
-        let report = job.compute(CLIENT, provider, material, &program, |i, logits| {
-            if let Some(result) = Classified::new(i, logits) {
-                tell(Event::Classified(result));
-            }
-        })?;
-        tell(Event::Finished(Measured::new(
-            CLIENT,
-            &report,
-            spent.as_secs_f64(),
-        )));
-        Ok(())
-    })
+
+    // image -> preprocess -> backbone, in the clear -> what the private part reads
+    let batch = request.batches.batch.get();
+    prepared(
+        &preparation,
+        &pictures,
+        &c.adapter.method,
+        batch,
+        progress,
+        |inputs, spent| {
+            let dealer = match &own.material {
+                Material::Dealer(address) => Some(station.call(Role::Dealer, address)?),
+                Material::File(_) => None,
+            };
+            let id = match &dealer {
+                Some(dealer) => {
+                    request.send(dealer, SessionId::default())?;
+                    let mut id = SessionId::default();
+                    dealer.recv(&mut id)?;
+                    id
+                }
+                None => new_session()?,
+            };
+            // inputs of the session -> adapter and head -> reveal to the client -> label
+            let program = Classification {
+                images: Some(inputs),
+                ..request.program(&served)
+            };
+            let session = Session::new(&station, Role::Client, id, request, &served)?;
+            session.guard(|| {
+                dealer
+                    .iter()
+                    .try_for_each(|link| session.greet(Role::Dealer, link))?;
+                let provider = station.call(Role::Provider, &own.provider)?;
+                request.send(&provider, id)?;
+                session.greet(Role::Provider, &provider)?;
+                provider.recv(&mut READY.clone())?;
+                dealer.iter().try_for_each(|link| link.send(READY.to_vec()))?;
+                let material = session.material(CLIENT, &own.material, dealer.clone())?;
+                let report = session.compute(CLIENT, &provider, material, &program, |i, logits| {
+                    if let Some(result) = Classified::new(i, logits) {
+                        tell(Event::Classified(result));
+                    }
+                })?;
+                tell(Event::Finished(Measured::new(
+                    CLIENT,
+                    &report,
+                    images.get(),
+                    spent().as_secs_f64(),
+                )));
+                Ok(())
+            })
+        },
+    )
 }
 
-/// The adapter in, nothing out.
-pub fn provider(c: &Config<ProviderConfig>, tell: Tell) -> Result<()> {
-    let dir = c.own.weights.as_deref();
-    let Classifier { config, weights } = inputs::classifier(dir)?;
-    if config != c.adapter {
+/// The adapter in, nothing out: session after session.
+pub fn provider(c: &Config<ProviderConfig>, tell: Tell, open: &Open) -> Result<()> {
+    let (own, dir) = (&c.own, c.own.weights.as_deref());
+    let classifier = inputs::classifier(dir)?;
+    if classifier.config != c.adapter {
         let e = "the adapter is not the one whose public configuration the run was set up with";
         return Err(inputs::bad_weights(e, dir, "--adapter"));
     }
-    let program = Classification {
-        weights: Some(&weights),
-        ..c.program()
+    own.material.check()?;
+    let needed = c.adapter.method.needs_backbone();
+    let backbone = needed
+        .then(|| inputs::backbone(own.backbone.as_deref()))
+        .transpose()?;
+    let named = own.backbone.as_deref().unwrap_or("the embedded one");
+    let fingerprint = check_backbone(&c.adapter, backbone.as_ref(), named)?;
+    let served = classifier
+        .serve(backbone.as_ref())
+        .map_err(|e| inputs::bad_weights(e, dir, "--adapter"))?;
+    drop((classifier, backbone));
+    let (station, budget) = (
+        Station::new(Role::Provider, c, fingerprint, tell, open)?,
+        Budget::new(own.budget),
+    );
+
+    let play = |client: Arc<dyn Link>| {
+        let (id, request) = welcome(&client, &own.limits)?;
+        let session = Session::new(&station, Role::Provider, id, request, &served)?;
+        session.guard(|| {
+            session.greet(Role::Client, &client)?;
+            budget.spend(client.peer().as_str(), request.batches.images)?;
+            let dealer = match &own.material {
+                Material::Dealer(address) => {
+                    let dealer = station.call(Role::Dealer, address)?;
+                    request.send(&dealer, id)?;
+                    dealer.recv(&mut READY.clone())?;
+                    Some(dealer)
+                }
+                Material::File(_) => None,
+            };
+            client.send(READY.to_vec())?;
+            dealer
+                .iter()
+                .try_for_each(|link| session.greet(Role::Dealer, link))?;
+            let material = session.material(PROVIDER, &own.material, dealer)?;
+            let program = request.program(&served);
+            let report = session.compute(PROVIDER, &client, material, &program, |_, _| {})?;
+            tell(Event::Finished(Measured::new(
+                PROVIDER,
+                &report,
+                request.batches.images,
+                0.0,
+            )));
+            Ok(())
+        })
     };
-    let job = Job::new(Role::Provider, c, &program, tell)?;
-    job.guard(|| {
-        let listener = job.listen(&c.own.listen)?;
-        let dealer = job.call_dealer(&c.own.material)?;
-        let [client] = job.meet(&listener, [Role::Client])?;
-        let material = job.material(PROVIDER, &c.own.material, dealer)?;
-        let report = job.compute(PROVIDER, client, material, &program, |_, _| {})?;
-        tell(Event::Finished(Measured::new(PROVIDER, &report, 0.0)));
-        Ok(())
-    })
+    serve(&station, &station.listen(&own.listen)?, &own.limits, &play, None)
 }
 
-/// Randomness to both.
-pub fn dealer(c: &Config<DealerConfig>, tell: Tell) -> Result<()> {
-    let program = c.program();
-    let job = Job::new(Role::Dealer, c, &program, tell)?;
-    job.guard(|| {
-        let links = job.meet(&job.listen(&c.own.listen)?, [Role::Client, Role::Provider])?;
-        serve_material(&program, c.batches.passes(), links.clone(), |passes| {
-            job.tell(Stage::Offline, passes);
-            // What nobody has taken yet stays within what the network and the parties hold.
-            links.iter().try_for_each(|link| Ok(link.flush()?))
-        })?;
-        links.iter().try_for_each(|link| link.close())?;
-        Ok(())
-    })
+/// Randomness to both: session after session.
+pub fn dealer(c: &Config<DealerConfig>, tell: Tell, open: &Open) -> Result<()> {
+    let limits = &c.own.limits;
+    let served = Served::shapes(&c.adapter.method);
+    let station = Station::new(Role::Dealer, c, None, tell, open)?;
+    // Sessions that wait for their provider.
+    let waiting: Mutex<HashMap<SessionId, SyncSender<Arc<dyn Link>>>> = Mutex::default();
+    let waiting = || waiting.lock().unwrap_or_else(PoisonError::into_inner);
+
+    let play = |client: Arc<dyn Link>| {
+        let (_, request) = welcome(&client, limits)?;
+        let id = new_session()?;
+        let session = Session::new(&station, Role::Dealer, id, request, &served)?;
+        // A place for the provider, which calls as soon as the client has told it the number.
+        let (send, arrival) = sync_channel(1);
+        waiting().insert(id, send);
+        let dealt = session.guard(|| {
+            client.send(id.to_vec())?;
+            session.greet(Role::Client, &client)?;
+            // The client's word that the provider has called, or how the session came to nothing before.
+            client.recv(&mut READY.clone())?;
+            let provider = arrival
+                .recv_timeout(station.wait())
+                .map_err(|_| Error::Input("no provider joined the session".into()))?;
+            session.greet(Role::Provider, &provider)?;
+            let links = [client.clone(), provider];
+            let program = request.program(&served);
+            serve_material(&program, request.batches.passes(), links.clone(), |passes| {
+                session.tell(Stage::Offline, passes);
+                // What nobody has taken yet stays within what the network and the parties hold.
+                links.iter().try_for_each(|link| Ok(link.flush()?))
+            })?;
+            links.iter().try_for_each(|link| link.close())?;
+            Ok(())
+        });
+        waiting().remove(&id);
+        dealt
+    };
+    let join = |provider: Arc<dyn Link>| {
+        let (id, _) = welcome(&provider, limits)?;
+        // Taken out: nobody joins a session twice.
+        let session = waiting().remove(&id);
+        let joined = session.filter(|_| provider.send(READY.to_vec()).is_ok());
+        let joined = joined.and_then(|session| session.send(provider.clone()).ok());
+        joined.ok_or_else(|| {
+            let e = Error::Input("no client waits for this provider's session".into());
+            provider.abort(&e.to_string());
+            e
+        })
+    };
+    serve(
+        &station,
+        &station.listen(&c.own.listen)?,
+        limits,
+        &play,
+        Some(&join),
+    )
+}
+
+/// Says that everybody is there: the dealer to the provider that has called, that one to the client, the client to the dealer.
+const READY: [u8; 1] = [1];
+
+/// Hears what a caller asks for, who is told if it is too much.
+fn welcome(link: &Arc<dyn Link>, limits: &Limits) -> Result<(SessionId, Request)> {
+    let asked = Request::receive(link).and_then(|asked| limits.check(&asked.1).map(|()| asked));
+    asked.inspect_err(|e| link.abort(&e.to_string()))
 }
 
 /// Ends this process when the one that started it is gone: nothing else holds its standard input open.

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, ExitStatus};
 use std::time::Duration;
 
-use common::{LIMIT, Output, assets, pictures, run, start, veiltune, wait_for};
+use common::{LIMIT, Output, assets, pictures, run, veiltune, wait_for};
 use serde_json::Value;
 
 /// More than any failure may take.
@@ -110,47 +110,49 @@ fn adapter_config() -> PathBuf {
     assets().join("adapter/adapter_config.json")
 }
 
-/// Dealer and provider for the pictures.
+/// Dealer and provider; `options` go to both.
 fn servers(keys: &Path, options: &[&str]) -> [Server; 2] {
-    let config = adapter_config();
-    let images = PICTURES.len().to_string();
-    let common = [&["--images", &*images], options].concat();
-    let dealer = [&common[..], &["--adapter-config", config.to_str().unwrap()]].concat();
-    let dealer = Server::start("dealer", keys, "dealer", &dealer);
-    let adapter = assets().join("adapter");
-    let provider = [
-        "--adapter",
-        adapter.to_str().unwrap(),
-        "--dealer",
-        &*dealer.address,
-    ];
-    let provider = Server::start("serve", keys, "provider", &[&common[..], &provider].concat());
+    servers_of(keys, &assets().join("adapter"), options, &[])
+}
+
+fn servers_of(keys: &Path, adapter: &Path, options: &[&str], provider: &[&str]) -> [Server; 2] {
+    let adapter = adapter.to_str().unwrap();
+    let dealer = Server::start(
+        "dealer",
+        keys,
+        "dealer",
+        &[options, &["--adapter-config", adapter]].concat(),
+    );
+    let own = ["--adapter", adapter, "--dealer", &*dealer.address];
+    let provider = Server::start("serve", keys, "provider", &[options, provider, &own].concat());
     [dealer, provider]
 }
 
-fn classification(keys: &Path, servers: [&Server; 2], names: &[&str], options: &[&str]) -> Command {
-    let [dealer, provider] = servers.map(|s| &*s.address);
+fn classification_with(
+    config: &Path,
+    keys: &Path,
+    [dealer, provider]: &[Server; 2],
+    names: &[&str],
+    options: &[&str],
+) -> Command {
     let mut command = veiltune();
     command
-        .args([
-            "classify",
-            "--json",
-            "--provider",
-            provider,
-            "--dealer",
-            dealer,
-            "--keys",
-        ])
+        .args(["classify", "--json", "--provider", &*provider.address])
+        .args(["--dealer", &*dealer.address, "--keys"])
         .arg(keys.join("client"))
         .arg("--adapter-config")
-        .arg(adapter_config())
+        .arg(config)
         .args(options)
         .args(pictures(names));
     command
 }
 
-fn classify(keys: &Path, [dealer, provider]: &[Server; 2], names: &[&str], options: &[&str]) -> Output {
-    run(&mut classification(keys, [dealer, provider], names, options))
+fn classification(keys: &Path, servers: &[Server; 2], names: &[&str], options: &[&str]) -> Command {
+    classification_with(&adapter_config(), keys, servers, names, options)
+}
+
+fn classify(keys: &Path, servers: &[Server; 2], names: &[&str], options: &[&str]) -> Output {
+    run(&mut classification(keys, servers, names, options))
 }
 
 #[test]
@@ -161,11 +163,13 @@ fn three_commands_give_the_labels_of_plain_float_at_the_planned_cost() {
         .args(pictures(&PICTURES)))
     .json();
     // Two passes, of two images and of one; over the slower network the other comparison.
-    for options in [
-        &["--batch", "2", "--comparison", "fss"][..],
-        &["--network", "lan", "--comparison", "masked-bits"],
+    for (network, options) in [
+        ("none", &["--comparison", "fss", "--batch", "2"][..]),
+        ("lan", &["--comparison", "masked-bits"]),
     ] {
-        let servers = servers(keys.path(), options);
+        let everywhere = ["--network", network];
+        let servers = servers(keys.path(), &[&["--sessions", "1"][..], &everywhere].concat());
+        let options = &[options, &everywhere].concat();
         let answer = classify(keys.path(), &servers, &PICTURES, options).json();
         for server in servers {
             let end = server.end();
@@ -176,7 +180,7 @@ fn three_commands_give_the_labels_of_plain_float_at_the_planned_cost() {
                 end.stdout
             );
         }
-        assert_eq!(answer["comparison"], options[3]);
+        assert_eq!(answer["comparison"], options[1]);
         let plan = run(veiltune()
             .args(["plan", "--json", "--images", "3", "--adapter-config"])
             .arg(adapter_config())
@@ -200,39 +204,161 @@ fn three_commands_give_the_labels_of_plain_float_at_the_planned_cost() {
     }
 }
 
-#[test]
-fn a_job_that_the_others_do_not_have_is_explained_everywhere() {
-    let keys = keys();
-    for (names, options, parts) in [
-        (
-            &PICTURES[..2],
-            &["--comparison", "fss"][..],
-            ["same number of images", "--batch"],
-        ),
-        (
-            &PICTURES,
-            &["--comparison", "masked-bits"],
-            ["same number of images", "--comparison"],
-        ),
-        (
-            &PICTURES,
-            &["--comparison", "fss", "--network", "1000:1"],
-            ["configured", "network none"],
-        ),
-    ] {
-        let servers = servers(keys.path(), &["--comparison", "fss"]);
-        let refused = classify(keys.path(), &servers, names, options);
-        assert_ne!(refused.status.code(), Some(0));
-        for part in parts {
-            assert!(
-                refused.stderr.contains(part),
-                "{part:?} is not in {}",
-                refused.stderr
-            );
-        }
-        let [dealer, _provider] = servers;
-        assert!(!dealer.end().status.success());
+/// A client that has so much to do that there is time to disturb it, once it has met the provider.
+fn busy_client(keys: &Path, servers: &[Server; 2]) -> Child {
+    let pictures = ["08_dress.png"; 600];
+    let mut command = classification(keys, servers, &pictures, &["--batch", "1"]);
+    let mut child = command.env("RUST_LOG", "info").spawn().unwrap();
+    let mut stderr = BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    while !line.contains("agreed with Provider") {
+        line.clear();
+        assert!(stderr.read_line(&mut line).unwrap() > 0, "it met nobody");
     }
+    child.stderr = Some(stderr.into_inner());
+    child
+}
+
+#[cfg(unix)]
+fn kill(signal: &str, child: &Child) {
+    let status = Command::new("kill")
+        .args([signal, &child.id().to_string()])
+        .status();
+    assert!(status.unwrap().success());
+}
+
+#[test]
+#[cfg(unix)]
+fn a_service_outlives_its_clients_and_ends_when_it_is_interrupted() {
+    let keys = keys();
+    let servers = servers_of(
+        keys.path(),
+        &assets().join("adapter"),
+        &["--max-images", "600", "--parallel", "1"],
+        &["--budget", "610"],
+    );
+    let labels = |answer: Value| -> Vec<Value> {
+        answer["results"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|r| r["label"].clone())
+            .collect()
+    };
+    let first = labels(classify(keys.path(), &servers, &PICTURES, &[]).json());
+
+    // One that vanishes; while it is there, another is told to wait.
+    let mut client = busy_client(keys.path(), &servers);
+    let refused = classify(keys.path(), &servers, &PICTURES, &[]);
+    refused.explains(1, &["busy", "try again later"]);
+    client.kill().unwrap();
+    client.wait().unwrap();
+    // One that has another adapter in mind, and one that wants too much.
+    let other = keys.path().join("adapter_config.json");
+    let text = fs::read_to_string(adapter_config()).unwrap();
+    fs::write(&other, text.replace("28.009011268615723", "29.0")).unwrap();
+    let mismatch = wait_until_free(|| {
+        run(&mut classification_with(
+            &other,
+            keys.path(),
+            &servers,
+            &PICTURES,
+            &[],
+        ))
+    });
+    mismatch.explains(2, &["same", "adapter_config.json"]);
+    let many = classify(keys.path(), &servers, &["17_bag.png"; 601], &[]);
+    many.explains(1, &["at most 600 images a session"]);
+
+    let bad = keys.path().join("text.png");
+    fs::write(&bad, "no image").unwrap();
+    let again = wait_until_free(|| {
+        let mut command = classification(keys.path(), &servers, &PICTURES, &["--skip-unreadable"]);
+        run(command.arg(&bad))
+    });
+    assert!(again.stderr.contains("text.png"), "{}", again.stderr);
+    let again = again.json();
+    assert_eq!((&again["images"], &again["skipped"]), (&3.into(), &1.into()));
+    assert_eq!(labels(again), first);
+    // 3 + 600 + 3 of 610 are spent.
+    let poor = wait_until_free(|| classify(keys.path(), &servers, &["17_bag.png"; 5], &[]));
+    poor.explains(1, &["4 more images"]);
+
+    let [mut dealer, mut provider] = servers;
+    kill("-INT", &provider.child);
+    assert_eq!(provider.ended().code(), Some(130));
+    kill("-TERM", &dealer.child);
+    assert_eq!(dealer.ended().code(), Some(130));
+    let [dealer, provider] = [dealer, provider].map(Server::end);
+    assert!(
+        provider.stdout.matches("served 3 images").count() == 2,
+        "{}",
+        provider.stdout
+    );
+    for complaint in ["client is gone", "4 more images"] {
+        assert!(provider.stderr.contains(complaint), "{}", provider.stderr);
+    }
+    for complaint in ["program", "at most 600"] {
+        assert!(dealer.stderr.contains(complaint), "{}", dealer.stderr);
+    }
+}
+
+/// Once nobody else is being served.
+fn wait_until_free(attempt: impl Fn() -> Output) -> Output {
+    wait_for("free service", LIMIT, || {
+        let output = attempt();
+        (!output.stderr.contains("busy")).then_some(output)
+    })
+}
+
+#[test]
+#[cfg(unix)]
+fn an_interrupted_provider_tells_its_client() {
+    let keys = keys();
+    let mut servers = servers(keys.path(), &[]);
+    let client = busy_client(keys.path(), &servers);
+    kill("-INT", &servers[1].child);
+    assert_eq!(servers[1].ended().code(), Some(130));
+    let end = client.wait_with_output().unwrap();
+    let stderr = String::from_utf8(end.stderr).unwrap();
+    assert_eq!(end.status.code(), Some(1), "{stderr}");
+    assert!(
+        stderr.contains("provider aborted the run: it was interrupted"),
+        "{stderr}"
+    );
+}
+
+#[test]
+fn material_from_files_serves_one_session_without_a_dealer() {
+    let keys = keys();
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("material");
+    let dealt = run(veiltune().args(["deal", "--images", "2", "--out"]).arg(&out));
+    assert!(dealt.status.success(), "{}", dealt.stderr);
+    let material = ["--material", out.to_str().unwrap()];
+    let provider = Server::start("serve", keys.path(), "provider", &material);
+    let classify = |names: &[&str]| {
+        run(veiltune()
+            .args(["classify", "--json", "--provider", &*provider.address, "--keys"])
+            .arg(keys.path().join("client"))
+            .args(material)
+            .args(pictures(names)))
+    };
+    classify(&PICTURES).explains(2, &["for 2 images, not 3"]);
+    let answer = classify(&PICTURES[..2]).json();
+    assert_eq!(answer["results"][0]["label"], "trouser");
+    let end = provider.end();
+    assert!(
+        end.status.success() && end.stdout.contains("served 2 images"),
+        "{}",
+        end.stderr
+    );
+    run(veiltune()
+        .args(["classify", "--provider", "127.0.0.1:9", "--keys"])
+        .arg(keys.path().join("client"))
+        .args(material)
+        .args(pictures(&PICTURES[..2])))
+    .explains(2, &["exactly once"]);
 }
 
 #[test]
@@ -263,30 +389,6 @@ fn what_is_wrong_is_named_before_anybody_is_called() {
     classify(&keys.path().join("dealer"), &config, image).explains(2, &["client.pem", "client folder"]);
     classify(&client, &client.join("client.pem"), image).explains(2, &["client.pem", "--adapter-config"]);
     classify(&client, &config, &client.join("client.pem")).explains(2, &["client.pem", "PNG or JPEG"]);
-}
-
-#[test]
-#[cfg(unix)]
-fn an_interrupted_command_ends_and_its_peer_hears_of_it() {
-    let keys = keys();
-    for signal in ["-INT", "-TERM"] {
-        // A second each way: a minute.
-        let options = ["--network", "100:1000000"];
-        let [dealer, mut provider] = servers(keys.path(), &options);
-        let client = start(&mut classification(
-            keys.path(),
-            [&dealer, &provider],
-            &PICTURES,
-            &options,
-        ));
-        std::thread::sleep(Duration::from_secs(3));
-        let status = Command::new("kill")
-            .args([signal, &provider.child.id().to_string()])
-            .status();
-        assert!(status.unwrap().success());
-        assert_eq!(provider.ended().code(), Some(130));
-        client.end(LIMIT).explains(1, &["provider is gone"]);
-    }
 }
 
 #[test]
@@ -335,6 +437,16 @@ fn the_plan_is_what_a_run_counts_and_says_which_comparison_is_sooner() {
     let operations = auto["operations"].as_object().unwrap();
     let rounds: u64 = operations.values().map(|o| o["rounds"].as_u64().unwrap()).sum();
     assert_eq!(auto["rounds"], rounds);
+
+    let layers = auto["layers"].as_array().unwrap();
+    assert!(layers.len() > 1);
+    let sum = |count: &str| -> u64 { layers.iter().map(|l| l[count][1].as_u64().unwrap()).sum() };
+    for count in ["online_bytes", "dealer_bytes", "macs"] {
+        assert_eq!(auto[count][1], sum(count), "{count}");
+    }
+    for bytes in auto["memory_bytes"].as_array().unwrap() {
+        assert!(bytes.as_u64().unwrap() > 1 << 16, "{bytes}");
+    }
 
     // With masked bits the dealer sends less, and the parties talk more often.
     let [fss, bits] = ["fss", "masked-bits"].map(|c| plan(&["--comparison", c]));

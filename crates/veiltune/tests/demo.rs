@@ -142,6 +142,18 @@ fn damaged_models_are_named() {
         fs::write(&copied, whole).unwrap();
     }
 
+    // A value that is none: of four, two or one byte a value.
+    for (file, option) in [("backbone", "--backbone"), ("adapter_model", "--adapter")] {
+        let path = dir.path().join(format!("{file}.safetensors"));
+        let whole = fs::read(&path).unwrap();
+        let mut spoilt = whole.clone();
+        let end = spoilt.len();
+        spoilt[end - 4..].fill(0xff);
+        fs::write(&path, spoilt).unwrap();
+        demo(option).explains(2, &[name, "not finite", option]);
+        fs::write(path, whole).unwrap();
+    }
+
     // An adapter for another backbone.
     let path = dir.path().join("config.json");
     let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();

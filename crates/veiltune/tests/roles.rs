@@ -12,13 +12,14 @@ use std::time::Duration;
 
 use common::{LIMIT, assets, pictures, veiltune, wait_for};
 use serde_json::{Value, json};
-use veiltune_nn::{OwcConfig, load::Classifier};
+use veiltune_hub::AdapterConfig;
+use veiltune_nn::{Method, load::Classifier};
 use veiltune_wire::{Identity, pki::Authority};
 
 /// The set-up of a run, of which each test starts the roles it needs.
 struct World {
     dir: tempfile::TempDir,
-    adapter: OwcConfig,
+    adapter: AdapterConfig<Method>,
 }
 
 impl World {
@@ -45,12 +46,9 @@ impl World {
 
     fn config(&self, role: &str, own: Value) -> Value {
         json!({
-            "session": vec![7; 16],
             "credentials": self.dir.path().join(role),
             "network": "none",
             "wait": 60.0,
-            "batches": {"images": 1, "batch": 1},
-            "comparison": "fss",
             "adapter": self.adapter,
             "own": own,
         })
@@ -61,19 +59,26 @@ impl World {
     }
 
     fn dealer_config(&self) -> Value {
-        self.config("dealer", json!({"listen": "127.0.0.1:0"}))
+        self.config("dealer", json!({"listen": "127.0.0.1:0", "limits": limits()}))
     }
 
     fn provider_config(&self, dealer: &str) -> Value {
-        self.config(
-            "provider",
-            json!({"listen": "127.0.0.1:0", "weights": null, "material": {"dealer": dealer}}),
-        )
+        let own = json!({
+            "listen": "127.0.0.1:0",
+            "weights": null,
+            "backbone": null,
+            "material": {"dealer": dealer},
+            "limits": limits(),
+            "budget": null,
+        });
+        self.config("provider", own)
     }
 
     fn client_config(&self, provider: &str, dealer: &str) -> Value {
         let own = json!({
             "pictures": pictures(&["04_trouser.png"]),
+            "batch": 1,
+            "comparison": "fss",
             "backbone": null,
             "provider": provider,
             "material": {"dealer": dealer},
@@ -104,6 +109,17 @@ impl World {
         });
         Player { child, events, log }
     }
+}
+
+/// One session.
+fn limits() -> Value {
+    json!({"sessions": 1, "parallel": 1, "images": 1000, "batch": 8})
+}
+
+/// A client with so much to do that there is time to disturb it.
+fn long(mut client: Value) -> Value {
+    client["own"]["pictures"] = json!(pictures(&["04_trouser.png"; 600]));
+    client
 }
 
 struct Player {
@@ -183,19 +199,16 @@ fn strangers_are_sent_away_and_the_run_goes_on() {
 #[test]
 fn a_certificate_of_another_authority_is_not_trusted() {
     let world = World::new();
-    let mut config = world.dealer_config();
-    config["wait"] = 3.0.into();
-    let dealer = world.play("dealer", config);
+    let dealer = world.dealer();
     let address = dealer.address();
     // The files of the dealer are read by now; the others' are replaced.
-    world.certify(&["provider"]);
+    world.certify(&["client"]);
     world
-        .play("provider", world.provider_config(&address))
+        .play("client", world.client_config("127.0.0.1:9", &address))
         .end(PROMPTLY)
         .explains(&["certificate", "one authority"]);
-    let end = dealer.end(PROMPTLY);
-    end.explains(&["client or provider"]);
-    assert!(end.log.contains("sent a caller away"), "{}", end.log);
+    let log = end_with_input(dealer).log;
+    assert!(log.contains("sent a caller away"), "{log}");
 }
 
 #[test]
@@ -211,51 +224,80 @@ fn a_trusted_certificate_of_another_role_is_refused() {
     end_with_input(dealer);
 }
 
+/// What a test does to a role's configuration.
+type Change = fn(&mut Value);
+
 #[test]
 fn roles_of_different_runs_tell_what_differs() {
-    for (change, value, complaint) in [
-        ("session", json!(vec![8; 16]), "session"),
-        ("batches", json!({"images": 2, "batch": 1}), "program"),
-        ("network", json!("lan"), "configured"),
-        ("comparison", json!("masked-bits"), "program"),
-    ] {
+    let changes: [(Change, &str); 4] = [
+        (|c| c["network"] = "lan".into(), "configured"),
+        (
+            |c| c["adapter"]["final_norm"]["sigma"][1] = 99.0.into(),
+            "program",
+        ),
+        (|c| c["adapter"]["labels"][0] = "another".into(), "configured"),
+        (
+            |c| c["adapter"]["base_model_name_or_path"] = "another".into(),
+            "configured",
+        ),
+    ];
+    for (change, complaint) in changes {
         let world = World::new();
         let dealer = world.dealer();
-        let mut config = world.provider_config(&dealer.address());
-        config[change] = value;
-        let provider = world.play("provider", config);
-        provider.end(PROMPTLY).explains(&["dealer", complaint]);
-        dealer.end(PROMPTLY).explains(&["provider", complaint]);
+        let mut config = world.client_config("127.0.0.1:9", &dealer.address());
+        change(&mut config);
+        let client = world.play("client", config);
+        client.end(PROMPTLY).explains(&["dealer", complaint]);
+        dealer.end(PROMPTLY).explains(&["client", complaint]);
+    }
+}
+
+#[test]
+fn more_than_is_served_is_refused() {
+    for (change, complaint) in [
+        (("images", 2), "at most 2 images a session"),
+        (("batch", 2), "at most 2 images a pass"),
+    ] {
+        let world = World::new();
+        let mut config = world.dealer_config();
+        config["own"]["limits"][change.0] = change.1.into();
+        let dealer = world.play("dealer", config);
+        let mut config = world.client_config("127.0.0.1:9", &dealer.address());
+        config["own"]["pictures"] = json!(pictures(&["04_trouser.png"; 3]));
+        config["own"]["batch"] = 3.into();
+        let client = world.play("client", config);
+        client.end(PROMPTLY).explains(&["dealer", complaint]);
+        dealer.end(PROMPTLY).explains(&[complaint]);
     }
 }
 
 #[test]
 fn parties_of_different_dealers_never_begin() {
     let world = World::new();
-    let drawn = |mut config: Value| {
-        config["session"] = Value::Null;
-        config
-    };
-    let dealers = [(); 2].map(|()| world.play("dealer", drawn(world.dealer_config())));
+    let dealers = [(); 2].map(|()| world.dealer());
     let [one, other] = [0, 1].map(|i: usize| dealers[i].address());
-    let provider = world.play("provider", drawn(world.provider_config(&one)));
-    let client = world.play("client", drawn(world.client_config(&provider.address(), &other)));
-    client.end(PROMPTLY).explains(&["provider is in session"]);
-    provider.end(PROMPTLY).explains(&["client is in session"]);
-    // Each dealer waited for its second party.
-    dealers.into_iter().for_each(end_with_input);
+    let provider = world.play("provider", world.provider_config(&one));
+    let client = world.play("client", world.client_config(&provider.address(), &other));
+    let complaint = "no client waits";
+    client.end(PROMPTLY).explains(&["provider", complaint]);
+    provider.end(PROMPTLY).explains(&["dealer", complaint]);
+    let [one, other] = dealers;
+    // One has sent the provider away, the other's client has gone.
+    assert!(end_with_input(one).log.contains(complaint));
+    other.end(PROMPTLY).explains(&["client"]);
 }
 
 #[test]
 fn another_adapter_than_the_configured_one_is_refused_by_the_provider() {
     let mut world = World::new();
-    world.adapter.final_norm.sigma.1 *= 2.0;
-    let dealer = world.dealer();
-    let provider = world.play("provider", world.provider_config(&dealer.address()));
+    let Method::Owc(method) = &mut world.adapter.method else {
+        panic!("the embedded adapter is one")
+    };
+    method.final_norm.sigma.1 *= 2.0;
+    let provider = world.play("provider", world.provider_config("127.0.0.1:9"));
     provider
         .end(PROMPTLY)
         .explains(&["adapter", "public configuration"]);
-    end_with_input(dealer);
 }
 
 #[test]
@@ -268,11 +310,11 @@ fn a_configuration_that_cannot_be_used_is_named() {
             .explains(&["dealer.json"]);
     }
     let mut config = world.client_config("127.0.0.1:9", "127.0.0.1:9");
-    config["batches"]["images"] = 2.into();
+    config["own"]["pictures"] = json!([]);
     world
         .play("client", config)
         .end(PROMPTLY)
-        .explains(&["for 2 images, there are 1"]);
+        .explains(&["no images"]);
     let mut config = world.dealer_config();
     config["credentials"] = json!(world.dir.path().join("nobody"));
     world.play("dealer", config).end(PROMPTLY).explains(&["nobody"]);
@@ -281,16 +323,13 @@ fn a_configuration_that_cannot_be_used_is_named() {
 #[test]
 fn a_party_that_vanishes_is_missed() {
     let world = World::new();
-    let slow = |mut config: Value| {
-        (config["batches"]["images"], config["network"]) = (20.into(), "100:20000".into());
-        config
-    };
-    let dealer = world.play("dealer", slow(world.dealer_config()));
+    let dealer = world.dealer();
     let dealer_at = dealer.address();
-    let provider = world.play("provider", slow(world.provider_config(&dealer_at)));
-    let mut config = slow(world.client_config(&provider.address(), &dealer_at));
-    config["own"]["pictures"] = Value::Null;
-    let mut client = world.play("client", config);
+    let provider = world.play("provider", world.provider_config(&dealer_at));
+    let mut client = world.play(
+        "client",
+        long(world.client_config(&provider.address(), &dealer_at)),
+    );
     wait_for("first image", LIMIT, || {
         let event = client.events.recv_timeout(LIMIT).unwrap();
         (event["event"] == "classified").then_some(())
@@ -305,16 +344,13 @@ fn a_party_that_vanishes_is_missed() {
 #[test]
 fn a_dealer_that_vanishes_is_missed_by_both_parties() {
     let world = World::new();
-    let long = |mut config: Value| {
-        config["batches"]["images"] = 600.into();
-        config
-    };
-    let mut dealer = world.play("dealer", long(world.dealer_config()));
+    let mut dealer = world.dealer();
     let dealer_at = dealer.address();
-    let provider = world.play("provider", long(world.provider_config(&dealer_at)));
-    let mut config = long(world.client_config(&provider.address(), &dealer_at));
-    config["own"]["pictures"] = json!(pictures(&["04_trouser.png"; 600]));
-    let client = world.play("client", config);
+    let provider = world.play("provider", world.provider_config(&dealer_at));
+    let client = world.play(
+        "client",
+        long(world.client_config(&provider.address(), &dealer_at)),
+    );
     let event = dealer.events.recv_timeout(LIMIT).unwrap();
     assert_eq!((&event["event"], &event["done"]), (&"progress".into(), &1.into()));
     dealer.child.kill().unwrap();
@@ -325,7 +361,9 @@ fn a_dealer_that_vanishes_is_missed_by_both_parties() {
 }
 
 /// A role ends when its standard input does.
-fn end_with_input(mut player: Player) {
+fn end_with_input(mut player: Player) -> Ending {
     drop(player.child.stdin.take());
-    assert_eq!(player.end(PROMPTLY).status.code(), Some(1));
+    let end = player.end(PROMPTLY);
+    assert_eq!(end.status.code(), Some(1));
+    end
 }

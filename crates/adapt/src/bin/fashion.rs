@@ -2,18 +2,22 @@
 //! Fashion-MNIST, and a private adapter that learns its ten classes.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 
 use clap::{Args, Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
-use veiltune_adapt::adapter::{self, States};
+use veiltune_adapt::cache::{Request, Source, States};
 use veiltune_adapt::data::{self, LABELS, Pictures, SIDE, Split};
-use veiltune_adapt::probe::Probe;
-use veiltune_adapt::{Result, pretrain};
-use veiltune_engine::Plain;
-use veiltune_hub::{AdapterConfig, Precision, files, image, safetensors};
-use veiltune_nn::load::{Backbone, BackboneConfig};
+use veiltune_adapt::evaluate::{self, Arithmetic, evaluate};
+use veiltune_adapt::train::{self, Task, Trained};
+use veiltune_adapt::{Result, cache, pretrain};
+use veiltune_engine::{NormKind, NormSpec};
+use veiltune_hub::dataset::Split as Part;
+use veiltune_hub::{AdapterConfig, Augment, Dataset, Precision, files, image, safetensors};
+use veiltune_nn::load::BackboneConfig;
+use veiltune_nn::owc::Design;
 use veiltune_nn::vit::HiddenAct;
-use veiltune_nn::{OwcConfig, VitConfig, owc};
+use veiltune_nn::{Backbone, HeadConfig, Method, OwcConfig, VitConfig};
 
 /// Trains and measures the embedded demonstration on Fashion-MNIST.
 #[derive(Parser)]
@@ -89,6 +93,9 @@ struct Common {
     /// Threads.
     #[arg(long, default_value_t = 2)]
     threads: usize,
+    /// Directory of the backbone's hidden states; they are computed once.
+    #[arg(long, default_value_os_t = std::env::temp_dir().join("veiltune-fashion"))]
+    cache: PathBuf,
     /// Use only so many training pictures.
     #[arg(long)]
     limit: Option<usize>,
@@ -108,18 +115,7 @@ struct Shape {
 }
 
 fn main() {
-    // Threads share a batch, each with its own products: threads within a product would only get in the way. The
-    // tensor library takes their number from the environment, which has to be set before the process starts.
-    const INNER: &str = "RAYON_NUM_THREADS";
-    if std::env::var_os(INNER).is_none()
-        && let Ok(program) = std::env::current_exe()
-    {
-        let status = std::process::Command::new(program)
-            .args(std::env::args_os().skip(1))
-            .env(INNER, "1")
-            .status();
-        std::process::exit(status.ok().and_then(|s| s.code()).unwrap_or(1));
-    }
+    veiltune_adapt::workers::restart_unsplit();
     if let Err(e) = run(Cli::parse().command) {
         eprintln!("fashion: {e}");
         std::process::exit(1);
@@ -184,88 +180,76 @@ fn run(command: Command) -> Result<()> {
             rate,
         } => {
             let backbone = Backbone::open(&common.out)?;
-            let (train, validation) = pictures(&common)?;
-            let (train, validation) = (
-                states(&backbone, &train, scope, true)?,
-                states(&backbone, &validation, scope, false)?,
-            );
-            let config = adapter::config(
-                backbone.config.hidden_size,
-                backbone.config.tokens(),
-                &LABELS,
-                scope,
-                rank,
-                heads,
-            );
-            let settings = adapter::Settings {
+            let design = Design::new(heads, rank, scope);
+            let (width, tokens) = (backbone.config.hidden_size, backbone.tokens());
+            let method = Method::Owc(OwcConfig::new(&design, width, tokens, labels()));
+            let settings = train::Settings {
                 epochs,
                 batch,
                 rate,
-                decay: 5e-4,
-                threads: common.threads,
+                dropout: 0.0,
+                shard: batch.div_ceil(common.threads.max(1)),
                 seed: common.seed,
+                ..train::Settings::default()
             };
-            let bar = steps();
-            let tensors = adapter::train(&config, &train, &settings, |step, steps, loss| {
-                show(&bar, step, steps, loss)
-            })?;
-            bar.finish();
-            let method = adapter::calibrate(&config, &tensors, &train, MARGIN)?;
-            println!(
-                "training accuracy {:.4}",
-                adapter::accuracy(&method, &tensors, &train)?
-            );
-            println!(
-                "validation accuracy {:.4}",
-                adapter::accuracy(&method, &tensors, &validation)?
-            );
+            let trained = fit(&common, &backbone, &method, &settings, 2)?;
+            println!("training accuracy {:.4}", trained.report.train_accuracy);
+            let validation = trained.report.validation_accuracy;
+            println!("validation accuracy {:.4}", validation.unwrap_or(f64::NAN));
             let config = AdapterConfig {
-                peft_type: owc::PEFT_TYPE.into(),
                 base_model_name_or_path: "fashion-mnist-vit".into(),
-                method,
+                base_model_sha256: None,
+                method: trained.method,
             };
-            veiltune_hub::adapter::write(&common.out.join("adapter"), &config, &tensors, Precision::F32)?;
+            let dir = common.out.join("adapter");
+            veiltune_hub::adapter::write(&dir, &config, &trained.tensors, Precision::F32)?;
         }
         Command::Probe(common) => {
             let backbone = Backbone::open(&common.out)?;
-            let (train, validation) = pictures(&common)?;
-            let (train, validation) = (
-                states(&backbone, &train, 0, false)?,
-                states(&backbone, &validation, 0, false)?,
-            );
+            let validation = probe(&common, &backbone)?.report.validation_accuracy;
             println!(
                 "validation accuracy of the linear probe {:.4}",
-                probe(&train, common.seed)?.accuracy(&validation)?
+                validation.unwrap_or(f64::NAN)
             );
         }
         Command::Evaluate(common) => {
             let backbone = Backbone::open(&common.out)?;
-            let (config, weights) =
-                veiltune_hub::adapter::read::<OwcConfig>(&common.out.join("adapter"), owc::PEFT_TYPE)?;
-            let (tensors, scope) = (weights.arrays()?, config.method.scope);
-            let (train, _) = pictures(&common)?;
-            let test = states(
-                &backbone,
-                &Pictures::open(&common.data, Split::Test)?,
-                scope,
-                false,
-            )?;
-            let adapter = adapter::accuracy(&config.method, &tensors, &test)?;
-            let (folded, served) = owc::fold(&config.method, &tensors)?;
-            let served = adapter::accuracy(&folded, &served, &test)?;
-            let probe = probe(&states(&backbone, &train, 0, false)?, common.seed)?.accuracy(&test)?;
-            println!("test accuracy, {} pictures", test.len());
-            println!("  adapter as trained  {adapter:.4}");
-            println!("  adapter as served   {served:.4}");
-            println!("  linear probe        {probe:.4}");
+            let (config, weights) = veiltune_hub::adapter::read::<Method>(&common.out.join("adapter"))?;
+            let (adapter, tensors) = (config.method, weights.arrays()?);
+            let probe = probe(&common, &backbone)?;
+            println!("test accuracy");
+            for (name, method, tensors, arithmetic) in [
+                ("adapter as trained", &adapter, &tensors, Arithmetic::Float),
+                ("adapter as served", &adapter, &tensors, Arithmetic::Served),
+                ("linear probe", &probe.method, &probe.tensors, Arithmetic::Float),
+            ] {
+                let test = Dataset::open(&common.data, Part::Test)?;
+                let states = states(&common, &backbone, &test, method, 1)?;
+                let model = evaluate::Model {
+                    method,
+                    tensors,
+                    backbone: Some(&backbone),
+                };
+                let all: Vec<usize> = (0..states.len()).collect();
+                let pictures = train::Pictures {
+                    states: &states,
+                    which: &all,
+                };
+                let result = evaluate(&model, pictures, arithmetic, common.threads, &mut |_| (), &NEVER)?;
+                println!("  {name:<18}  {:.4}", result.accuracy);
+            }
         }
         Command::Samples(common) => samples(&common.data, &common.out.join("images"))?,
     }
     Ok(())
 }
 
-/// By how much calibrated ranges are widened.
-const MARGIN: f64 = 1.5;
+/// Nothing stops a command but the end of its process, and the caches bear that.
+static NEVER: AtomicBool = AtomicBool::new(false);
+
+fn labels() -> Vec<String> {
+    LABELS.map(str::to_owned).to_vec()
+}
 
 fn pictures(common: &Common) -> Result<(Pictures, Pictures)> {
     let (train, validation) = Pictures::open(&common.data, Split::Train)?.with_validation();
@@ -273,33 +257,91 @@ fn pictures(common: &Common) -> Result<(Pictures, Pictures)> {
     Ok((train.select(&(0..kept).collect::<Vec<_>>()), validation))
 }
 
-/// Hidden states of the pictures and, if `mirrored`, of their mirror images.
-fn states(backbone: &Backbone, pictures: &Pictures, scope: usize, mirrored: bool) -> Result<States> {
-    let vit = backbone.load(&Plain::new())?;
-    let bar = ProgressBar::new(pictures.len() as u64 * if mirrored { 2 } else { 1 })
-        .with_style(style("backbone {bar:40} {pos}/{len} pictures, {eta} left"));
-    let compute =
-        |p: &Pictures| States::compute(&vit, p, &backbone.preprocess, scope, |done| bar.inc(done as u64));
-    let states = compute(pictures)?;
-    let states = if mirrored {
-        states.join(compute(&pictures.mirrored())?)?
-    } else {
-        states
+/// What `method` reads of the pictures and, as the second of two views, of their mirror images.
+fn states(
+    common: &Common,
+    backbone: &Backbone,
+    dataset: &Dataset,
+    method: &Method,
+    views: usize,
+) -> Result<States> {
+    let bar = ProgressBar::new(0).with_style(style("backbone {bar:40} {pos}/{len} pictures, {eta} left"));
+    let request = Request {
+        dir: &common.cache,
+        source: Source::Backbone(backbone),
+        dataset,
+        views,
+        augment: Augment {
+            scale: [1.0; 2],
+            ratio: [1.0; 2],
+            flip: 1.0,
+        },
+        seed: 0,
+        threads: common.threads,
     };
+    let reads = method.reads(backbone.config.num_hidden_layers)?;
+    let show = &mut |p: cache::Progress| {
+        bar.set_length(p.total as u64);
+        bar.set_position(p.done as u64);
+    };
+    let states = States::open_or_compute(&request, &reads, show, &NEVER)?.named(labels())?;
     bar.finish_and_clear();
     Ok(states)
 }
 
-fn probe(train: &States, seed: u64) -> Result<Probe> {
-    let settings = adapter::Settings {
-        epochs: 30,
-        batch: 512,
-        rate: 0.1,
-        decay: 1e-4,
-        threads: 1,
-        seed,
+/// Trains on nine tenths of the training pictures and measures on the last.
+fn fit(
+    common: &Common,
+    backbone: &Backbone,
+    method: &Method,
+    settings: &train::Settings,
+    views: usize,
+) -> Result<Trained> {
+    let dataset = Dataset::open(&common.data, Part::Train)?;
+    let states = states(common, backbone, &dataset, method, views)?;
+    let (mut own, held) = states.split_validation(0.1, 0);
+    own.truncate(common.limit.unwrap_or(own.len()));
+    let bar = steps();
+    let task = Task {
+        method,
+        backbone: Some(backbone),
+        train: train::Pictures {
+            states: &states,
+            which: &own,
+        },
+        validation: train::Pictures {
+            states: &states,
+            which: &held,
+        },
+        settings,
+        threads: common.threads,
+        dir: None,
     };
-    Probe::fit(train, LABELS.len(), &settings)
+    let watch = &mut |p: train::Progress| {
+        if p.ended.is_none() {
+            show(&bar, p.step, p.steps, p.loss as f32);
+        }
+    };
+    let trained = train::train(&task, watch, &NEVER)?;
+    bar.finish();
+    Ok(trained)
+}
+
+fn probe(common: &Common, backbone: &Backbone) -> Result<Trained> {
+    let method = Method::Head(HeadConfig {
+        hidden_size: backbone.config.hidden_size,
+        norm: NormSpec {
+            kind: NormKind::Layer,
+            eps: 1e-6,
+            sigma: (1e-3, 1e3),
+        },
+        labels: labels(),
+    });
+    let settings = train::Settings {
+        seed: common.seed,
+        ..train::Settings::of(&method)
+    };
+    fit(common, backbone, &method, &settings, 1)
 }
 
 /// The first two test pictures of each class, their true label in the name.

@@ -37,7 +37,7 @@ pub fn activation<G: Gates>(g: &G, x: &G::T, f: Activation, range: Range) -> Res
                 return Err(Error::program("activation", "a scalar; give it one dimension"));
             }
             let both = g.concat(&[&x, &negated], 0)?;
-            let excess = g.positive_part(&g.add_constant(&both, b.wrapping_neg())?)?;
+            let excess = g.positive_part(&g.add_constant(&both, b.wrapping_neg())?, 0)?;
             let n = g.meta(&x).dims[0];
             let above = g.narrow(&excess, 0, 0, n)?;
             let below = g.narrow(&excess, 0, n, n)?;

@@ -1,28 +1,46 @@
 //! Reciprocal and inverse square root of positive values, one a row: a piecewise linear function on geometric
 //! intervals.
 //!
-//! The intervals are 1/24 octave wide; [step functions](super::steps) of v pick constant and slope of v's interval, on
-//! the same opening of v that [truncates](super::truncate) it to a coarser scale (1 round); one product (1 round) and one
-//! truncation (1 round) follow. Where published systems iterate Newton's method from a guess, this needs no guess and no
-//! iteration, and its relative error is the same over the whole range: at most 1.1e-4 for 1/v and 4e-5 for 1/sqrt(v), plus
-//! rounding of the result to its last bit.
+//! The intervals are 1/24 octave wide; the [line](super::lines) of v's interval is evaluated on the opening of v (1 round),
+//! and truncated on an opening of its own (1 round), after which it is [ready to multiply](super::carried). Where published
+//! systems iterate Newton's method from a guess, this needs no guess and no iteration, and its relative error is the same
+//! over the whole range: at most 1.1e-4 for 1/v and 4e-5 for 1/sqrt(v), plus rounding of the result to its last bit.
 //!
-//! 3 rounds; 32 bytes each way a value; dealer: a comparison-function key (about 24 bytes a bit of v) to both, and some
-//! 30 bytes to the second party. 24 log2(range) + 1 key evaluations a value.
+//! 2 rounds; 16 bytes each way a value; dealer: a comparison-function key (about 32 bytes a bit of the coarse v, 15 bits and those of the range) to both, and some
+//! 20 bytes to the second party. 24 log2(range) + 1 key evaluations a value.
 
 use std::sync::Arc;
 
-use crate::gates::{Gates, Product};
-use crate::lower::refine;
+use crate::gates::{Gates, MAX_SCALE, SCALE};
+use crate::lower::{at_most, refine};
 use crate::{Error, Result};
 
-use super::steps::{StepFunction, Steps};
+use super::lines::Lines;
 
 /// Intervals an octave of the piecewise linear inverse: relative error at most 1.1e-4 for 1/v, 4e-5 for its root.
 const PER_OCTAVE: f64 = 24.0;
 
+/// 1 / x for x in `range`, elementwise, with a relative error of at most 1.1e-4 and at least 14 bits of the smallest
+/// result.
+pub fn reciprocal<G: Gates>(g: &G, x: &G::T, range: (f64, f64)) -> Result<G::T> {
+    let (low, high) = range;
+    if !(low > 0.0 && low < high && high.is_finite()) {
+        return Err(Error::program(
+            "reciprocal",
+            format!("{low} ..= {high}: calibrate a positive range"),
+        ));
+    }
+    // Room for x with two bits to spare; enough of its bits to tell the intervals apart.
+    let most = (60.0 - high.log2()).floor().clamp(0.0, f64::from(MAX_SCALE)) as u32;
+    let least = (12.0 - low.log2()).ceil().max(0.0) as u32;
+    let x = refine(g, &at_most(g, x, most)?, least)?;
+    let bits = (14.0 + high.log2()).ceil().clamp(f64::from(SCALE), 30.0) as u32;
+    power(g, &x, 1.0, -1.0, range, bits, &[])
+}
+
 /// factor * v^exponent for v in `range` (one value a row), with `bits` fractional bits: piecewise linear on geometric
-/// intervals, then one truncation. Three rounds.
+/// intervals, then one truncation. Two rounds; elementwise products with the result open nothing for it. What they open of
+/// the other factor, `with`, is opened in the second of these rounds.
 pub fn power<G: Gates>(
     g: &G,
     v: &G::T,
@@ -30,6 +48,7 @@ pub fn power<G: Gates>(
     exponent: f64,
     range: (f64, f64),
     bits: u32,
+    with: &[&G::T],
 ) -> Result<G::T> {
     let scale = g.meta(v).scale;
     let (low, high) = range;
@@ -64,30 +83,21 @@ pub fn power<G: Gates>(
         constants.push(fixed(value - rounded * mid, out));
         slopes.push(slope);
     }
-    let steps = Arc::new(Steps {
+    let lines = Arc::new(Lines {
         // Two bits to spare: just beyond the range the last line goes on, and far beyond it the result is garbage.
         bits: (high.log2() + f64::from(scale)).ceil() as u32 + 2,
-        thresholds: (1..count).map(|i| fixed(knot(i), scale)).collect(),
-        outputs: vec![
-            StepFunction::from_values(&constants, out),
-            StepFunction::from_values(&slopes, slope_bits),
-        ],
+        shift: scale - coarse,
+        thresholds: (1..count).map(|i| fixed(knot(i), coarse)).collect(),
+        constants,
+        slopes,
+        scale: out,
     });
-    // One opening of v serves the truncation and the comparison.
-    let coarse_v = if scale > coarse {
-        g.truncate(&[(v, scale - coarse)], false)?.remove(0)
-    } else {
-        v.clone()
-    };
-    let lines = g.steps(v, &steps)?;
-    let y = g.sum_of(
-        &lines[0],
-        &g.product(Product::Elementwise, &lines[1], &coarse_v)?,
-        false,
-    )?;
-    if out > bits {
-        Ok(g.truncate(&[(&y, out - bits)], false)?.remove(0))
-    } else {
-        refine(g, &y, bits)
+    let y = g.lines(v, &lines)?;
+    if out <= bits {
+        return refine(g, &y, bits);
     }
+    if !with.is_empty() {
+        g.open(&[with, &[&y]].concat())?;
+    }
+    Ok(g.truncate_carried(&[(&y, out - bits)])?.remove(0))
 }

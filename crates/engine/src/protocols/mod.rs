@@ -6,15 +6,16 @@
 
 pub mod activation;
 pub mod argmax;
+pub mod carried;
 pub mod coarse_max;
 pub mod compare;
 pub mod compare_bits;
 pub mod inverse;
+pub mod lines;
 pub mod lookup;
 pub mod normalize;
 pub mod product;
 pub mod reveal;
 pub mod softmax;
-pub mod steps;
 pub mod trigonometric;
 pub mod truncate;

@@ -20,6 +20,7 @@
 
 use veiltune_ring::Ring;
 
+use super::carried;
 use crate::fixed::{Fixed, FixedTensor};
 use crate::gates::{Gates, Meta, Product, product_meta};
 use crate::offline::{OffTensor, Offline};
@@ -55,6 +56,9 @@ fn oriented(kind: Product, x: &Ring, w: &Ring, right: bool) -> Result<Ring> {
 }
 
 pub(crate) fn offline(o: &Offline, kind: Product, a: &OffTensor, b: &OffTensor) -> Result<OffTensor> {
+    if let Some(z) = carried::offline_product(o, kind, a, b)? {
+        return Ok(z);
+    }
     let meta = product_meta(kind, o.meta(a), o.meta(b))?;
     let macs = kind.macs(&o.meta(a).dims, &meta.dims);
     let n = meta.len();
@@ -123,6 +127,9 @@ pub(crate) fn offline(o: &Offline, kind: Product, a: &OffTensor, b: &OffTensor) 
 }
 
 pub(crate) fn online(p: &Online, kind: Product, a: &Share, b: &Share) -> Result<Share> {
+    if let Some(z) = carried::online_product(p, kind, a, b)? {
+        return Ok(z);
+    }
     let meta = product_meta(kind, p.meta(a), p.meta(b))?;
     match Case::of(p.meta(a), p.meta(b)) {
         Case::Local => {
@@ -177,7 +184,9 @@ pub(crate) fn online(p: &Online, kind: Product, a: &Share, b: &Share) -> Result<
 
 pub(crate) fn fixed(f: &Fixed, kind: Product, a: &FixedTensor, b: &FixedTensor) -> Result<FixedTensor> {
     let meta = product_meta(kind, f.meta(a), f.meta(b))?;
+    let carried = carried::fixed_product(f, kind, a, b)?;
     match Case::of(f.meta(a), f.meta(b)) {
+        _ if carried => {}
         Case::Local => {}
         Case::Owned { owner, right } => {
             let (x, w) = if right { (a, b) } else { (b, a) };
@@ -191,12 +200,13 @@ pub(crate) fn fixed(f: &Fixed, kind: Product, a: &FixedTensor, b: &FixedTensor) 
     }
     let value = kind.apply(f.ring(a), f.ring(b))?;
     assert_no_wrap(kind, f.ring(a), f.ring(b), &value)?;
-    Ok(f.tensor(meta, value))
+    let owner = if carried { Owner::Shared } else { meta.owner };
+    Ok(f.tensor(Meta { owner, ..meta }, value))
 }
 
 /// The product must fit the signed range: a cheap bound first, a float shadow of the whole product if it is not
 /// enough.
-fn assert_no_wrap(kind: Product, a: &Ring, b: &Ring, value: &Ring) -> Result<()> {
+pub(super) fn assert_no_wrap(kind: Product, a: &Ring, b: &Ring, value: &Ring) -> Result<()> {
     let norm = |x: &Ring| {
         x.as_slice()
             .iter()

@@ -4,18 +4,22 @@
 //!    (2 rounds). It cancels out of the result; it only keeps the exponentials in range.
 //! 2. p = exp(s - m) by the [trigonometric gate](super::trigonometric) on -(2 bound + w) ..= w (1 round), fitted so
 //!    that the error falls with the value.
-//! 3. [1 / sum p](super::inverse) (3 rounds, one value a row) and the product (1 round). The result has 60 fractional
-//!    bits; the next verb truncates.
+//! 3. [1 / sum p](super::inverse) (2 rounds, one value a row; p is opened in the second), and the product on these
+//!    openings. The result has 60 fractional bits; the next verb truncates.
 //!
-//! 7 rounds, where published protocols take 41 to 116. Each way 13.4 bytes an element (8 of them for opening p) if s has
-//! 16 fractional bits and bound is 15, and 71 a row (rows of up to 255). Dealer: to the second party 32 bytes an element
-//! for the buckets, 16 an element and harmonic (16 harmonics for bound 15), 8 for the product; to both some 5 KB a row.
+//! Scores of a wider range (bound above 24, at most 248) are first brought into it: less another coarse maximum, those more
+//! than 16 and a bucket below it are raised to there by a [comparison](super::compare) (with the truncation to 16 bits 5
+//! rounds more, 8 with masked bits).
+//!
+//! 5 rounds, where published protocols take 41 to 116. Each way 13.4 bytes an element (8 of them for opening p) if s has
+//! 16 fractional bits and bound is 15, and 47 a row (rows of up to 255). Dealer: to the second party 32 bytes an element
+//! for the buckets, 16 an element and harmonic (16 harmonics for bound 15), 11 for the product; to both some 5 KB a row.
 //!
 //! Error at most 1e-3 for rows of up to 300 entries (the conformance suite), on average below 1e-5. A row's sum adds up the errors
 //! of its small terms, each at most 1e-6: for rows of n entries in the thousands allow up to 3e-6 n.
 
 use crate::backend::SoftmaxSpec;
-use crate::gates::{Gates, Local, Product};
+use crate::gates::{Gates, Local, Product, SCALE};
 use crate::lower::{at_most, last_dim};
 use crate::series::Series;
 use crate::{Error, Result};
@@ -24,25 +28,55 @@ use super::activation::MAX_INPUT_SCALE;
 use super::coarse_max::CoarseMax;
 use super::inverse::power;
 
+/// Largest bound at which the exponentials of a row fit one Fourier sum.
+const NARROW: f64 = 24.0;
+/// Largest bound at all.
+const WIDE: f64 = 248.0;
+/// Scores so far below the largest are raised: what they add to a sum is at most exp(-NEGLIGIBLE) of it, each.
+const NEGLIGIBLE: f64 = 16.0;
+
 /// Softmax of each row; see the module.
 pub fn softmax<G: Gates>(g: &G, x: &G::T, spec: &SoftmaxSpec) -> Result<G::T> {
-    if !(spec.bound > 0.0 && spec.bound <= 24.0) {
+    if !(spec.bound > 0.0 && spec.bound <= WIDE) {
         return Err(Error::program(
             "softmax",
-            format!("the bound {} is outside 0 .. 24", spec.bound),
+            format!("the bound {} is outside 0 .. {WIDE}", spec.bound),
         ));
     }
-    let x = at_most(g, x, MAX_INPUT_SCALE)?;
-    let dim = last_dim(g, &x, "softmax")?;
+    let dim = last_dim(g, x, "softmax")?;
+    let (x, bound) = match spec.bound <= NARROW {
+        true => (at_most(g, x, MAX_INPUT_SCALE)?, spec.bound),
+        false => clamped(g, x, spec.bound)?,
+    };
     let n = g.meta(&x).dims[dim];
-    let coarse = CoarseMax::for_bound(spec.bound);
+    let coarse = CoarseMax::for_bound(bound);
     let width = coarse.width();
     let max = g.coarse_max(&x, &coarse)?;
     let shifted = g.sum_of(&x, &max, true)?;
-    let p = g.series(&shifted, &Series::exp_tail(2.0 * spec.bound + width, width)?)?;
+    let p = g.series(&shifted, &Series::exp_tail(2.0 * bound + width, width)?)?;
     let total = g.local(&p, &Local::Sum(dim))?;
     // The largest term is at least exp(-width).
     let range = (0.98 * (-width).exp(), 1.02 * n.max(1) as f64 * width.exp());
-    let inverse = power(g, &total, 1.0, -1.0, range, 20)?;
+    let inverse = power(g, &total, 1.0, -1.0, range, 20, &[&p])?;
     g.product(Product::Elementwise, &p, &inverse)
+}
+
+/// Scores of a wide range, less a coarse maximum of their row, with those that do not matter raised; and their new bound.
+fn clamped<G: Gates>(g: &G, x: &G::T, bound: f64) -> Result<(G::T, f64)> {
+    let x = at_most(g, x, SCALE)?;
+    let scale = g.meta(&x).scale;
+    let coarse = CoarseMax::for_bound(bound);
+    let width = coarse.width();
+    let max = g.coarse_max(&x, &coarse)?;
+    // From -depth to width, the largest above -width.
+    let depth = NEGLIGIBLE + width;
+    let fixed = |v: f64| (v * 2f64.powi(scale as i32)).round() as i64 as u64;
+    let raised = g.add_constant(&g.sum_of(&x, &max, true)?, fixed(depth))?;
+    let kept = g.positive_part(&raised, 0)?;
+    let middle = 0.5 * (depth + width);
+    // Fixed-point rounding may leave the range by a few units.
+    Ok((
+        g.add_constant(&kept, fixed(middle).wrapping_neg())?,
+        middle + 1e-3,
+    ))
 }

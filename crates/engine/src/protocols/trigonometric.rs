@@ -33,7 +33,7 @@ fn output(x: &Meta, series: &Series) -> Meta {
 
 /// linear * x + constant at the scale of the result, on this share of x.
 fn affine_part(series: &Series, x: Option<&Ring>, scale: u32, with_constant: bool, out: &mut [u64]) {
-    let shift = (series.scale(scale) - scale) as i32;
+    let shift = series.scale(scale) as i32 - scale as i32;
     let linear = (series.linear * 2f64.powi(shift)).round() as i64 as u64;
     if let (Some(x), true) = (x, linear != 0) {
         out.iter_mut()

@@ -18,6 +18,7 @@
 use veiltune_fss::dcf;
 use veiltune_ring::Ring;
 
+use super::carried::{Carried, OffCarried};
 use super::product::take;
 use crate::fixed::{Fixed, FixedTensor};
 use crate::gates::{Gates, LIMIT_BITS, Meta};
@@ -27,6 +28,33 @@ use crate::opening::BOTH;
 use crate::{Error, Owner, Result};
 
 const OFFSET: u64 = 1 << LIMIT_BITS;
+
+/// The opened value of x + 2^62, from that of x.
+pub(crate) fn offset(masked: u64) -> u64 {
+    masked.wrapping_add(OFFSET)
+}
+
+/// The public part of x / 2^bits, from the opened value of x.
+pub(crate) fn shifted(masked: u64, bits: u32) -> u64 {
+    (offset(masked) >> bits).wrapping_sub(OFFSET >> bits)
+}
+
+/// What the result is good for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mode {
+    /// One-round form.
+    Near,
+    /// Faithful form.
+    Faithful,
+    /// One-round form whose result stays known up to dealt values; see [`carried`](super::carried).
+    Carried,
+}
+
+impl Mode {
+    pub(crate) fn of(faithful: bool) -> Mode {
+        if faithful { Mode::Faithful } else { Mode::Near }
+    }
+}
 
 fn output(x: &Meta, bits: u32) -> Result<Meta> {
     if bits == 0 || bits > x.scale || bits >= LIMIT_BITS {
@@ -53,7 +81,7 @@ fn public_shift(x: &Ring, bits: u32) -> Ring {
     x.map(|v| ((v as i64) >> bits) as u64)
 }
 
-pub(crate) fn offline(o: &Offline, xs: &[(&OffTensor, u32)], faithful: bool) -> Result<Vec<OffTensor>> {
+pub(crate) fn offline(o: &Offline, xs: &[(&OffTensor, u32)], mode: Mode) -> Result<Vec<OffTensor>> {
     let secret = |x: &OffTensor| o.meta(x).owner != Owner::Public;
     o.open_for(
         &xs.iter()
@@ -66,7 +94,7 @@ pub(crate) fn offline(o: &Offline, xs: &[(&OffTensor, u32)], faithful: bool) -> 
             let meta = output(o.meta(x), bits)?;
             if secret(x) {
                 let n = meta.len();
-                let gate = o.gate("truncate", &[bits as u8, u8::from(faithful)]);
+                let gate = o.gate("truncate", &[bits as u8, mode as u8]);
                 let mask = if o.is_dealer() {
                     o.mask(x)?
                 } else {
@@ -79,7 +107,7 @@ pub(crate) fn offline(o: &Offline, xs: &[(&OffTensor, u32)], faithful: bool) -> 
                 o.deal("truncate", (gate, 1), n, bits, || {
                     Ok(r.iter().map(|r| r >> 63).collect())
                 })?;
-                if faithful {
+                if mode == Mode::Faithful {
                     o.keys(
                         "truncate",
                         (gate, 2),
@@ -98,13 +126,18 @@ pub(crate) fn offline(o: &Offline, xs: &[(&OffTensor, u32)], faithful: bool) -> 
                     )?;
                 }
                 o.end_gate()?;
+                if mode == Mode::Carried {
+                    let dealt = |shift: u32| o.is_dealer().then(|| mask.map(|r| r >> shift));
+                    let carried = OffCarried::truncated(&meta.dims, bits, dealt(bits), dealt(63));
+                    return Ok(o.carrying(meta, carried));
+                }
             }
             Ok(o.tensor(meta))
         })
         .collect()
 }
 
-pub(crate) fn online(p: &Online, xs: &[(&Share, u32)], faithful: bool) -> Result<Vec<Share>> {
+pub(crate) fn online(p: &Online, xs: &[(&Share, u32)], mode: Mode) -> Result<Vec<Share>> {
     let secret = |x: &Share| p.meta(x).owner != Owner::Public;
     p.open_for(
         &xs.iter()
@@ -123,6 +156,7 @@ pub(crate) fn online(p: &Online, xs: &[(&Share, u32)], faithful: bool) -> Result
             let shifted = take(&mut material.words)?;
             let mut out = take(&mut material.words)?; // shares of m, overwritten by the result
             let first = p.is_first();
+            let carry = (mode == Mode::Carried).then(|| out.clone());
             for ((o, r), c) in out.iter_mut().zip(&shifted).zip(c.as_slice()) {
                 let carry = if c >> 63 == 0 { *o << (64 - bits) } else { 0 };
                 let public = if first {
@@ -132,7 +166,7 @@ pub(crate) fn online(p: &Online, xs: &[(&Share, u32)], faithful: bool) -> Result
                 };
                 *o = public.wrapping_sub(*r).wrapping_add(carry);
             }
-            if faithful {
+            if mode == Mode::Faithful {
                 let (roots, keys) = take(&mut material.keys)?;
                 let low: Vec<u64> = c.as_slice().iter().map(|c| c & low_bits(bits)).collect();
                 let borrow = dcf::evaluate(p.party().index(), bits, &roots, &keys, 1, &low)?;
@@ -140,12 +174,19 @@ pub(crate) fn online(p: &Online, xs: &[(&Share, u32)], faithful: bool) -> Result
                     .zip(borrow)
                     .for_each(|(o, b)| *o = o.wrapping_sub(b));
             }
-            Ok(p.tensor(meta.clone(), Some(Ring::new(meta.dims, out)?)))
+            let out = Ring::new(meta.dims.clone(), out)?;
+            Ok(match carry {
+                Some(m) => p.carrying(meta, out, Carried::truncated(&c, OFFSET, bits, m)?),
+                None => p.tensor(meta, Some(out)),
+            })
         })
         .collect()
 }
 
-pub(crate) fn fixed(f: &Fixed, xs: &[(&FixedTensor, u32)], faithful: bool) -> Result<Vec<FixedTensor>> {
+pub(crate) fn fixed(f: &Fixed, xs: &[(&FixedTensor, u32)], mode: Mode) -> Result<Vec<FixedTensor>> {
+    for (x, _) in xs {
+        f.assert_below("truncate", f.ring(x), LIMIT_BITS)?;
+    }
     let secret = |x: &FixedTensor| f.meta(x).owner != Owner::Public;
     f.open_for(
         &xs.iter()
@@ -159,7 +200,7 @@ pub(crate) fn fixed(f: &Fixed, xs: &[(&FixedTensor, u32)], faithful: bool) -> Re
             let mut value = public_shift(f.ring(x), bits);
             if secret(x) {
                 f.gate();
-                if !faithful {
+                if mode != Mode::Faithful {
                     let mask = f.mask(x);
                     let low = low_bits(bits);
                     for ((v, x), r) in value
@@ -173,7 +214,8 @@ pub(crate) fn fixed(f: &Fixed, xs: &[(&FixedTensor, u32)], faithful: bool) -> Re
                     }
                 }
             }
-            Ok(f.tensor(meta, value))
+            let carried = (mode == Mode::Carried && secret(x)).then(|| vec![bits]);
+            Ok(f.carrying(meta, value, carried))
         })
         .collect()
 }

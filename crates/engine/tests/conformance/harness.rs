@@ -32,12 +32,24 @@ pub enum Op {
     MulTwice,
     Relu,
     ReluOfProduct,
+    /// Of 49 fractional bits: truncated on the same opening.
+    ReluOfFineProduct,
+    /// Of 49 fractional bits, whose parts are then multiplied.
+    Trim,
+    /// A row of 48 fractional bits, truncated, times a matrix.
+    FineRow,
+    /// As `FineRow`, times a weight.
+    FineRowLinear,
     Argmax,
     Activation(Activation, Range),
     ActivationOfProduct(Activation, Range),
     Softmax(SoftmaxSpec),
+    /// Of the square, so that x is positive.
+    ReciprocalOfSquare((f64, f64)),
+    Reciprocal((f64, f64)),
     Normalize(NormSpec),
     NormalizeOfProduct(NormSpec),
+    NormalizeOfFineProduct(NormSpec),
     Views,
 }
 
@@ -45,9 +57,11 @@ impl Op {
     /// The ways to compare that it is run with.
     fn comparisons(self) -> &'static [Comparison] {
         match self {
-            Op::Relu | Op::ReluOfProduct | Op::Argmax | Op::Activation(_, Range::Guarded(_)) => {
-                &[Comparison::Fss, Comparison::MaskedBits]
-            }
+            Op::Relu
+            | Op::ReluOfProduct
+            | Op::ReluOfFineProduct
+            | Op::Argmax
+            | Op::Activation(_, Range::Guarded(_)) => &[Comparison::Fss, Comparison::MaskedBits],
             _ => &[Comparison::Fss],
         }
     }
@@ -152,6 +166,17 @@ impl OpProgram<'_> {
             }
             Op::Relu => b.relu(&xs[0])?,
             Op::ReluOfProduct => b.relu(&b.mul(&xs[0], &xs[1])?)?,
+            Op::ReluOfFineProduct => b.relu(&b.mul(&b.scale(&xs[0], 0.3)?, &xs[1])?)?,
+            Op::Trim => {
+                let x = b.trim(&b.mul(&b.scale(&xs[0], 0.3)?, &xs[1])?)?;
+                b.prepare(&[&x])?;
+                b.matmul(&b.narrow(&x, 1, 0, 1)?, &b.transpose(&x, 1, 2)?)?
+            }
+            Op::FineRow => b.matmul(&b.mul(&b.scale(&xs[0], 0.3)?, &xs[1])?, &xs[2])?,
+            Op::FineRowLinear => {
+                let x = b.mul(&b.scale(&xs[0], 0.3)?, &xs[1])?;
+                b.linear(&x, &weights[0], None)?
+            }
             Op::Argmax => b.argmax(&xs[0])?,
             Op::Activation(f, range) => b.activation(&xs[0], f, range)?,
             Op::ActivationOfProduct(f, range) => {
@@ -159,7 +184,12 @@ impl OpProgram<'_> {
                 b.activation(&p, f, range)?
             }
             Op::Softmax(spec) => b.softmax(&xs[0], &spec)?,
+            Op::Reciprocal(range) => b.reciprocal(&xs[0], range)?,
+            Op::ReciprocalOfSquare(range) => b.reciprocal(&b.mul(&xs[0], &xs[0])?, range)?,
             Op::Normalize(spec) => b.normalize(&xs[0], &spec)?,
+            Op::NormalizeOfFineProduct(spec) => {
+                b.normalize(&b.mul(&b.scale(&xs[0], 0.3)?, &xs[1])?, &spec)?
+            }
             Op::NormalizeOfProduct(spec) => b.normalize(&b.mul(&xs[0], &xs[1])?, &spec)?,
             Op::Views => {
                 let (x, y) = (&xs[0], &xs[1]);

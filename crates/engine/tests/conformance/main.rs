@@ -38,6 +38,19 @@ proptest! {
     }
 
     #[test]
+    fn products_of_truncated_rows(m in 0usize..3, k in 1usize..40, n in 1usize..40, a in who(), b in who(), seed: u64) {
+        let fine = [0, 1].map(|i| Case::input(a, &[2, m, k], uniform(seed + i, 4.0)));
+        let y = Case::input(b, &[2, k, n], uniform(seed + 2, 2.0));
+        let bound = (2.0 + 32.0) * 2.0 * ULP * k as f64;
+        check(Op::FineRow, &[fine[0].clone(), fine[1].clone(), y], bound)?;
+        if m > 0 {
+            check(Op::Trim, &fine, (4.8 + 4.8) * 8.0 * ULP * k as f64)?;
+        }
+        let w = Case::weight(b, &[n, k], uniform(seed + 2, 2.0));
+        check(Op::FineRowLinear, &[fine[0].clone(), fine[1].clone(), w], bound)?;
+    }
+
+    #[test]
     fn linear(m in 0usize..5, k in 1usize..9, n in 1usize..6, a in who(), w in who(), seed: u64) {
         let x = Case::input(a, &[2, m, k], uniform(seed, 8.0));
         let w = Case::weight(w, &[n, k], uniform(seed + 1, 2.0));
@@ -80,7 +93,8 @@ proptest! {
         let y = Case::input(b, &[n], uniform(seed + 1, 60.0));
         check(Op::Relu, std::slice::from_ref(&x), ULP)?;
         // Plain rounds to 24 bits.
-        check(Op::ReluOfProduct, &[x, y], 5e-4)?;
+        check(Op::ReluOfProduct, &[x.clone(), y.clone()], 5e-4)?;
+        check(Op::ReluOfFineProduct, &[x, y], 60.0 * 60.0 / 32768.0)?;
     }
 
     #[test]
@@ -107,7 +121,7 @@ proptest! {
     }
 
     #[test]
-    fn softmax(rows in 0usize..4, n in 1usize..300, a in who(), seed: u64, bound in prop::sample::select(vec![0.5, 4.0, 15.0, 24.0])) {
+    fn softmax(rows in 0usize..4, n in 1usize..300, a in who(), seed: u64, bound in prop::sample::select(vec![0.5, 4.0, 15.0, 24.0, 90.0, 240.0])) {
         let x = Case::input(a, &[rows, n], uniform(seed, bound));
         check(Op::Softmax(SoftmaxSpec { bound }), &[x], 1e-3)?;
     }
@@ -122,7 +136,23 @@ proptest! {
         check(Op::Normalize(spec), std::slice::from_ref(&x), 2e-3)?;
         // Of 32 fractional bits, by a factor of one.
         let one = Case::input(a, &[n], vec![1.0; n]);
-        check(Op::NormalizeOfProduct(spec), &[x, one], 2e-3)?;
+        check(Op::NormalizeOfProduct(spec), &[x.clone(), one.clone()], 2e-3)?;
+        // Of 49 fractional bits.
+        let spec = NormSpec { sigma: (0.3 * size / 16.0, 0.3 * size), ..spec };
+        check(Op::NormalizeOfFineProduct(spec), &[x, one], 2e-3)?;
+    }
+
+    #[test]
+    fn reciprocal(n in 1usize..200, a in who(), seed: u64, high in prop::sample::select(vec![0.1, 4.0, 300.0])) {
+        let low: f64 = high / 200.0;
+        let positive = |v: f32| low * (high / low).powf(0.5 + 0.5 * f64::from(v));
+        let x: Vec<f32> = uniform(seed, 1.0).into_iter().map(|v| positive(v) as f32).collect();
+        // The smallest encodes to within half a unit.
+        let range = (low - ULP, high + ULP);
+        check(Op::Reciprocal(range), &[Case::input(a, &[n], x.clone())], 1.2e-4 / low + ULP)?;
+        let roots = x.into_iter().map(f32::sqrt).collect();
+        let bound = 1.2e-4 / low + ULP;
+        check(Op::ReciprocalOfSquare((0.9 * low, 1.1 * high)), &[Case::input(a, &[n], roots)], bound)?;
     }
 
     #[test]

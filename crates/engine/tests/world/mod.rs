@@ -36,6 +36,12 @@ pub enum Verb {
     Activation(Activation, Range),
     Softmax,
     Normalize(NormKind),
+    /// Of x * x: 32 fractional bits, truncated.
+    NormalizeOfSquare(NormKind),
+    /// max(0.3 x * x, 0): 49 fractional bits, truncated on the comparison's opening.
+    ReluOfFineSquare,
+    /// A row of 49 fractional bits, truncated, times the weight.
+    FineLinear,
     /// Nothing but the reveal.
     Identity,
 }
@@ -124,6 +130,14 @@ impl Job {
     }
 }
 
+fn norm(kind: NormKind) -> NormSpec {
+    NormSpec {
+        kind,
+        eps: 1e-6,
+        sigma: (0.25, 4.0),
+    }
+}
+
 impl Program for Job {
     type Model<B: Backend> = B::Weight;
 
@@ -150,14 +164,10 @@ impl Program for Job {
             Verb::Argmax => b.argmax(&x)?,
             Verb::Activation(f, range) => b.activation(&x, f, range)?,
             Verb::Softmax => b.softmax(&x, &SoftmaxSpec { bound: 15.0 })?,
-            Verb::Normalize(kind) => b.normalize(
-                &x,
-                &NormSpec {
-                    kind,
-                    eps: 1e-6,
-                    sigma: (0.25, 4.0),
-                },
-            )?,
+            Verb::Normalize(kind) => b.normalize(&x, &norm(kind))?,
+            Verb::NormalizeOfSquare(kind) => b.normalize(&b.mul(&x, &x)?, &norm(kind))?,
+            Verb::ReluOfFineSquare => b.relu(&b.mul(&b.scale(&x, 0.3)?, &x)?)?,
+            Verb::FineLinear => b.linear(&b.mul(&b.scale(&x, 0.3)?, &x)?, w, None)?,
             Verb::Identity => x,
         };
         if self.reveal {

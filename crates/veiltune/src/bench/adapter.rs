@@ -1,38 +1,35 @@
 //! `veiltune bench adapter`: the private part of a classification, on random weights of the true shapes, with the
-//! layers that are trained and served.
+//! layers that are trained and served; and the methods that one-way adapters are compared with.
 
 use std::collections::VecDeque;
 use std::num::NonZeroUsize;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde::Serialize;
 use veiltune_engine::session::Program;
-use veiltune_engine::{Backend, NormKind, NormSpec, Plain, Revealed, Tally};
+use veiltune_engine::{Backend, Owner, Params, Plain, Revealed, Tally};
 use veiltune_hub::{Array, Tensors};
-use veiltune_nn::owc::AdapterNorms;
-use veiltune_nn::{Owc, OwcConfig, load, owc};
+use veiltune_nn::layout::Variant;
+use veiltune_nn::load::{self, Served};
+use veiltune_nn::method::{State, Tokens};
+use veiltune_nn::vit::HiddenAct;
+use veiltune_nn::{Method, Private, Read, VitConfig};
 use veiltune_ring::prg::{Prg, Seed};
 use veiltune_wire::Network;
 
 use super::harness::{Spread, time};
-use crate::program::{Batches, Classification, Hidden};
+use crate::methods::MethodArgs;
+use crate::program::{Batches, CLIENT, Classification, Inputs};
 use crate::{Error, Result};
 
-/// Which adapter, and over which network.
+/// Which method, and over which network.
 #[derive(Args, Debug)]
 pub struct AdapterArgs {
-    /// Shape of the backbone's hidden states.
+    #[command(flatten)]
+    method: MethodArgs,
+    /// Shape of the backbone.
     #[arg(long, value_enum, default_value = "vit-b16")]
     backbone: Shape,
-    /// Attention heads h of an adapter.
-    #[arg(long, default_value_t = 1)]
-    heads: usize,
-    /// Width r within an adapter.
-    #[arg(long, default_value_t = 240)]
-    rank: usize,
-    /// Adapters s.
-    #[arg(long, default_value_t = 1)]
-    scope: usize,
     /// Classes.
     #[arg(long, default_value_t = 100)]
     classes: usize,
@@ -47,14 +44,14 @@ pub struct AdapterArgs {
     runs: usize,
     /// The configurations that the CryptPEFT paper found for five data sets, each on the network that it was found for,
     /// instead of one configuration.
-    #[arg(long, conflicts_with_all = ["heads", "rank", "scope", "classes", "batch", "network"])]
+    #[arg(long, conflicts_with_all = ["method", "heads", "rank", "scope", "classes", "batch", "network"])]
     paper: bool,
     /// JSON on standard output instead of a table: one object, or with --paper an array.
     #[arg(long)]
     json: bool,
 }
 
-/// One adapter on one network.
+/// One method on one network.
 struct Setting {
     name: String,
     heads: usize,
@@ -100,9 +97,9 @@ fn settings(args: &AdapterArgs) -> Result<Vec<Setting>> {
     if !args.paper {
         return Ok(vec![Setting {
             name: "as given".into(),
-            heads: args.heads,
-            rank: args.rank,
-            scope: args.scope,
+            heads: args.method.heads,
+            rank: args.method.rank(),
+            scope: args.method.scope,
             classes: args.classes,
             batch: args.batch,
             network: args.network,
@@ -133,29 +130,53 @@ fn settings(args: &AdapterArgs) -> Result<Vec<Setting>> {
     Ok(PAPER.into_iter().flat_map(one).collect())
 }
 
-/// Backbones by the shape of their hidden states.
-#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+/// Backbones by their shape.
+#[derive(Clone, Copy, Debug, ValueEnum)]
 enum Shape {
-    /// 197 tokens of width 768.
+    /// 197 tokens of width 768, 12 layers.
     VitB16,
-    /// 257 tokens of width 384.
+    /// 257 tokens of width 384, 12 layers.
     VitS14,
 }
 
 impl Shape {
-    fn tokens_and_width(self) -> (usize, usize) {
-        match self {
-            Shape::VitB16 => (197, 768),
-            Shape::VitS14 => (257, 384),
+    fn config(self) -> VitConfig {
+        let (hidden_size, num_attention_heads, patch_size) = match self {
+            Shape::VitB16 => (768, 12, 16),
+            Shape::VitS14 => (384, 6, 14),
+        };
+        VitConfig {
+            hidden_size,
+            num_hidden_layers: 12,
+            num_attention_heads,
+            intermediate_size: 4 * hidden_size,
+            hidden_act: HiddenAct::Gelu,
+            image_size: 224,
+            patch_size,
+            num_channels: 3,
+            layer_norm_eps: 1e-6,
+            qkv_bias: true,
+            layer_scale: false,
         }
     }
+}
+
+fn method(args: &AdapterArgs, setting: &Setting) -> Result<Method> {
+    let vit = args.backbone.config();
+    let labels = (0..setting.classes).map(|i| i.to_string()).collect();
+    let chosen = MethodArgs {
+        heads: setting.heads,
+        rank: Some(setting.rank),
+        scope: setting.scope,
+        ..args.method.clone()
+    };
+    chosen.build(&vit, Variant::default(), vit.tokens(), labels)
 }
 
 #[derive(Serialize)]
 struct Report {
     name: String,
-    tokens: usize,
-    width: usize,
+    method: &'static str,
     heads: usize,
     rank: usize,
     scope: usize,
@@ -200,29 +221,40 @@ pub fn run(args: &AdapterArgs) -> Result<()> {
 }
 
 fn measure(args: &AdapterArgs, setting: Setting) -> Result<(Report, Tally)> {
-    let (tokens, width) = args.backbone.tokens_and_width();
-    let config = config(&setting, tokens, width);
-    let weights = random_weights(&config)?;
-    let images: Vec<Hidden> = (0..setting.batch.get() as u64)
-        .map(|i| random_image(&config, i))
-        .collect();
-    let (config, expected) = calibrate(config, &weights, &images)?;
-    let (config, weights) = owc::fold(&config, &weights)?;
+    let method = method(args, &setting)?;
+    method.check()?;
+    let layers = args.backbone.config().num_hidden_layers;
+    let states = States {
+        layers,
+        batch: setting.batch.get(),
+    };
+    let trained = random_weights(&method)?;
+    let (method, expected) = calibrate(method, &trained, &states)?;
+    let fetch = |name: &str, dims: &[usize]| Ok(random(name, dims));
+    let provider = Served {
+        method: method.served(),
+        private: Some(method.fold(&trained, &fetch)?),
+        public: method.fold_public(&fetch)?,
+    };
+    drop(trained);
+    let client = Served {
+        private: None,
+        ..provider.clone()
+    };
+    let shapes = Served::shapes(&method);
+    let images = vec![states.inputs(&provider.method)?];
 
     // Every pass classifies the same images.
     let pass = Batches {
         images: setting.batch.get(),
         batch: setting.batch,
     };
-    let public = Repeated(Classification::public(&config, pass));
+    let public = Repeated(Classification::public(&shapes, pass));
     let client = Repeated(Classification {
         images: Some(&images),
-        ..Classification::public(&config, pass)
+        ..Classification::public(&client, pass)
     });
-    let provider = Repeated(Classification {
-        weights: Some(&weights),
-        ..Classification::public(&config, pass)
-    });
+    let provider = Repeated(Classification::public(&provider, pass));
     let cost: Tally = public.0.plan()?.tally;
     let timing = time(
         [&client, &provider, &public],
@@ -241,8 +273,7 @@ fn measure(args: &AdapterArgs, setting: Setting) -> Result<(Report, Tally)> {
     let total = cost.total();
     let report = Report {
         name: setting.name,
-        tokens,
-        width,
+        method: method.peft_type(),
         heads: setting.heads,
         rank: setting.rank,
         scope: setting.scope,
@@ -297,8 +328,8 @@ fn print_line(r: &Report, first: bool) {
 fn print(r: &Report, cost: &Tally) {
     let mb = |b: [u64; 2]| format!("{:.3} / {:.3} MB", b[0] as f64 / 1e6, b[1] as f64 / 1e6);
     println!(
-        "adapter h {} r {} s {}, {} tokens of {}, batch {}, network {}",
-        r.heads, r.rank, r.scope, r.tokens, r.width, r.batch, r.network
+        "{}, h {} r {} s {}, batch {}, network {}",
+        r.method, r.heads, r.rank, r.scope, r.batch, r.network
     );
     println!(
         "online   {:.4} s (min {:.4}, max {:.4}), {} rounds, {} each way",
@@ -341,111 +372,109 @@ fn print(r: &Report, cost: &Tally) {
 struct Repeated<'a>(Classification<'a>);
 
 impl Program for Repeated<'_> {
-    type Model<B: Backend> = Owc<B>;
+    type Model<B: Backend> = Private<B>;
 
-    fn load<B: Backend>(&self, b: &B) -> veiltune_engine::Result<Owc<B>> {
+    fn load<B: Backend>(&self, b: &B) -> veiltune_engine::Result<Private<B>> {
         self.0.load(b)
     }
 
     fn forward<B: Backend>(
         &self,
         b: &B,
-        model: &Owc<B>,
+        model: &Private<B>,
         _: usize,
     ) -> veiltune_engine::Result<Option<Revealed>> {
         self.0.forward(b, model, 0)
     }
 }
 
-fn config(args: &Setting, tokens: usize, hidden_size: usize) -> OwcConfig {
-    // Wide until calibrated.
-    let norm = NormSpec {
-        kind: NormKind::Layer,
-        eps: 1e-6,
-        sigma: (0.05, 50.0),
-    };
-    OwcConfig {
-        hidden_size,
-        tokens,
-        scope: args.scope,
-        rank: args.rank,
-        heads: args.heads,
-        scale: 0.5,
-        norms: vec![
-            AdapterNorms {
-                attention: norm,
-                mlp: norm
-            };
-            args.scope
-        ],
-        final_norm: norm,
-        labels: (0..args.classes).map(|i| i.to_string()).collect(),
-        folded: false,
-    }
-}
-
-fn uniform(stream: u64, slot: u16, n: usize, size: f64) -> Vec<f32> {
-    let words = Prg::new(&Seed::from_bytes(*b"veiltune bench 2"), stream, slot).vec(n);
+fn uniform(name: &str, n: usize, size: f64) -> Vec<f32> {
+    // A stream of its own for each name.
+    let stream = name.bytes().fold(0xcbf2_9ce4_8422_2325, |h: u64, b| {
+        (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3)
+    });
+    let words = Prg::new(&Seed::from_bytes(*b"veiltune bench 2"), stream, 1).vec(n);
     words
         .into_iter()
         .map(|w| (w as i64 as f64 / 2f64.powi(63) * size) as f32)
         .collect()
 }
 
-/// Weights of variance 1 / inputs, gains of one.
-fn random_weights(config: &OwcConfig) -> Result<Tensors> {
-    let names = load::inventory(&Plain::new(), |p| Owc::load(p, config))?;
-    let random = |(i, (name, dims)): (usize, (String, Vec<usize>))| {
-        let n = dims.iter().product();
-        let values = if name.contains("norm") && name.ends_with("weight") {
-            vec![1.0; n]
-        } else {
-            uniform(
-                i as u64,
-                1,
-                n,
-                (3.0 / dims.last().copied().unwrap_or(1) as f64).sqrt(),
-            )
-        };
-        (name, Array { dims, values })
+/// A parameter: matrices of variance 1 / inputs, gains and variances of one.
+fn random(name: &str, dims: &[usize]) -> Array {
+    let n = dims.iter().product();
+    let one = name.contains("norm") && name.ends_with("weight") || name.ends_with("running_var");
+    let values = match one {
+        true => vec![1.0; n],
+        false => uniform(name, n, (3.0 / dims.last().copied().unwrap_or(1) as f64).sqrt()),
     };
-    Ok(names.into_iter().enumerate().map(random).collect())
+    Array {
+        dims: dims.to_vec(),
+        values,
+    }
 }
 
-fn random_image(config: &OwcConfig, index: u64) -> Hidden {
-    let tokens = |i| if i < config.scope { config.tokens } else { 1 };
-    (0..=config.scope)
-        .map(|i| uniform(index, 2 + i as u16, tokens(i) * config.hidden_size, 3.0))
-        .collect()
+/// The backbone's parameters on the float interpreter.
+fn public(b: &Plain) -> Params<'_, Plain> {
+    Params::new(move |name, dims| b.weight(Owner::Public, dims, Some(&random(name, dims).values)))
+}
+
+/// The provider's parameters.
+fn random_weights(method: &Method) -> Result<Tensors> {
+    let b = Plain::new();
+    let names = load::inventory(&b, |p| method.load(p, &public(&b)))?;
+    let one = |(name, dims): (String, Vec<usize>)| {
+        let array = random(&name, &dims);
+        (name, array)
+    };
+    Ok(names.into_iter().map(one).collect())
+}
+
+/// What a backbone of so many layers gives for random pictures.
+struct States {
+    layers: usize,
+    batch: usize,
+}
+
+impl States {
+    fn inputs(&self, method: &Method) -> Result<Inputs> {
+        let b = Plain::new();
+        let reads = method.reads(self.layers)?;
+        let one = |read: &Read| -> Result<Vec<f32>> {
+            let all = Read {
+                tokens: Tokens::All,
+                ..*read
+            };
+            let dims = method.input_dims(&all, self.batch);
+            let name = match read.state {
+                State::Patches => "patches".to_owned(),
+                State::Hidden(i) => format!("hidden {i}"),
+            };
+            let values = uniform(&name, dims.iter().product(), 3.0);
+            let state = b.input(Owner::Public, &dims, Some(&values))?;
+            let x = read.prepare(&b, &state)?;
+            let revealed = b.reveal(&x, CLIENT)?;
+            Ok(revealed.map_or_else(Vec::new, |r| r.values.iter().map(|&v| v as f32).collect()))
+        };
+        reads.iter().map(one).collect()
+    }
 }
 
 /// Ranges from a plain pass with a factor of two to spare, and that pass's logits.
-fn calibrate(mut config: OwcConfig, weights: &Tensors, images: &[Hidden]) -> Result<(OwcConfig, Vec<f64>)> {
-    let plain = Plain::recording();
-    let batches = Batches {
-        images: images.len(),
-        batch: NonZeroUsize::new(images.len()).unwrap_or(NonZeroUsize::MIN),
-    };
-    let program = Classification {
-        weights: Some(weights),
-        images: Some(images),
-        ..Classification::public(&config, batches)
-    };
-    let model = program.load(&plain)?;
-    let logits = program
-        .forward(&plain, &model, 0)?
-        .map_or_else(Vec::new, |r| r.values);
-    let mut seen = plain
-        .sites()
-        .into_iter()
-        .filter_map(|s| s.sigma)
-        .map(|(low, high)| (low / 2.0, high * 2.0));
-    let norms = config
-        .norms
-        .iter_mut()
-        .flat_map(|n| [&mut n.attention, &mut n.mlp]);
-    for (norm, sigma) in norms.chain([&mut config.final_norm]).zip(&mut seen) {
-        norm.sigma = sigma;
-    }
-    Ok((config, logits))
+fn calibrate(mut method: Method, trained: &Tensors, states: &States) -> Result<(Method, Vec<f64>)> {
+    let (seen, b) = (Plain::recording(), Plain::new());
+    let model = method.load(&load::params(&b, Owner::Public, trained), &public(&b))?;
+    let inputs = states.inputs(&method)?;
+    let reads = method.reads(states.layers)?;
+    let inputs = reads.iter().zip(&inputs).map(|(read, values)| {
+        b.input(
+            Owner::Public,
+            &method.input_dims(read, states.batch),
+            Some(values),
+        )
+    });
+    let logits = model.forward(&seen, &inputs.collect::<veiltune_engine::Result<Vec<_>>>()?)?;
+    method.calibrate(&seen.sites(), 2.0)?;
+    let logits = b.reveal(&logits, CLIENT)?;
+    Ok((method, logits.map_or_else(Vec::new, |r| r.values)))
 }

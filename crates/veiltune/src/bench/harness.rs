@@ -2,11 +2,12 @@
 //! material ready before the clock starts.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use serde::Serialize;
-use veiltune_engine::material::{Sink, Source};
+use veiltune_engine::material::{DealId, FileSink, FileSource, Label, Sink, Source};
 use veiltune_engine::session::{self, MaterialFrom, PartySession, Program};
 use veiltune_engine::{Error, Party, Result, Revealed, Tally};
 use veiltune_ring::Ring;
@@ -79,6 +80,78 @@ impl Source for Shelf {
     }
 }
 
+/// Material of more bytes than this goes through files: it would not fit in memory twice.
+const IN_MEMORY: u64 = 1 << 30;
+/// Gates that the preparation of such material then runs ahead, in the time of the online phase.
+const AHEAD: usize = 8;
+
+/// Where material waits: in memory, or in files of a folder that goes with this value.
+enum Store {
+    Memory([Shelf; 2]),
+    Files(tempfile::TempDir, [Label; 2]),
+}
+
+impl Store {
+    fn new(bytes: u64, program: [u8; 32]) -> Result<Store> {
+        if bytes <= IN_MEMORY {
+            return Ok(Store::Memory(Default::default()));
+        }
+        let dir = tempfile::tempdir().map_err(|e| Error::File(format!("a folder for material: {e}")))?;
+        Ok(Store::Files(
+            dir,
+            [Party::P0, Party::P1].map(|party| Label { party, program }),
+        ))
+    }
+
+    fn sinks(&self, seeds: &[Seed; 2]) -> Result<[Box<dyn Sink>; 2]> {
+        match self {
+            Store::Memory(shelves) => Ok(shelves.clone().map(|s| Box::new(s) as Box<dyn Sink>)),
+            Store::Files(dir, labels) => {
+                let deal = DealId::random()?;
+                let sink = |i: usize| {
+                    FileSink::create(&path(dir, i), &labels[i], deal, &seeds[i])
+                        .map(|s| Box::new(s) as Box<dyn Sink>)
+                };
+                Ok([sink(0)?, sink(1)?])
+            }
+        }
+    }
+
+    fn sources(&self) -> Result<[Box<dyn Source>; 2]> {
+        match self {
+            Store::Memory(shelves) => Ok(shelves.clone().map(|s| Box::new(s) as Box<dyn Source>)),
+            Store::Files(dir, labels) => {
+                let source = |i: usize| {
+                    FileSource::open(&path(dir, i), &labels[i]).map(|(s, _)| Box::new(s) as Box<dyn Source>)
+                };
+                Ok([source(0)?, source(1)?])
+            }
+        }
+    }
+
+    fn ahead(&self) -> Option<usize> {
+        matches!(self, Store::Files(..)).then_some(AHEAD)
+    }
+}
+
+fn path(dir: &tempfile::TempDir, party: usize) -> std::path::PathBuf {
+    dir.path().join(format!("{party}.material"))
+}
+
+/// A sink that counts what passes.
+struct Counting(Box<dyn Sink>, Arc<AtomicU64>);
+
+impl Sink for Counting {
+    fn put(&mut self, bytes: &[u8]) -> Result<()> {
+        self.1.fetch_add(bytes.len() as u64, Relaxed);
+        self.0.put(bytes)
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        self.0.finish()
+    }
+}
+
 /// Runs one pass to warm up and `runs` counted ones. `programs` are those of the two parties and of the dealer; every pass
 /// costs the same, and what the links counted must be what `cost`, the prediction for one pass, says.
 pub fn time<P: Program + Sync>(
@@ -90,15 +163,20 @@ pub fn time<P: Program + Sync>(
 ) -> Result<Timing> {
     let passes = runs + 1;
     let seeds = [Seed::random()?, Seed::random()?];
-    let shelves = [Shelf::default(), Shelf::default()];
-    let sinks = shelves.clone().map(|s| Box::new(s) as Box<dyn Sink>);
+    let plan = session::plan(programs[2], passes)?;
+    let bytes = plan.tally.total().dealer_bytes.into_iter().max().unwrap_or(0);
+    let store = Store::new(bytes, plan.program)?;
+    let counters: [Arc<AtomicU64>; 2] = Default::default();
+    let [first, second] = store.sinks(&seeds)?;
+    let sinks: [Box<dyn Sink>; 2] = [
+        Box::new(Counting(first, counters[0].clone())),
+        Box::new(Counting(second, counters[1].clone())),
+    ];
     let start = Instant::now();
     one_thread()?.install(|| session::deal(programs[2], passes, seeds.clone(), sinks, |_| Ok(())))?;
     let dealer = start.elapsed().as_secs_f64();
-    let dealt = shelves.each_ref().map(|s| {
-        let pieces = s.0.lock().unwrap_or_else(|e| e.into_inner());
-        pieces.iter().map(|p| p.len() as u64).sum::<u64>()
-    });
+    let dealt = counters.each_ref().map(|c| c.load(Relaxed));
+    let (sources, ahead) = (store.sources()?, store.ahead());
 
     let links = links(network)?;
     let mut results = Vec::new();
@@ -107,18 +185,18 @@ pub fn time<P: Program + Sync>(
         let parties = [Party::P0, Party::P1]
             .into_iter()
             .zip(links)
-            .zip(shelves)
+            .zip(sources)
             .zip(seeds)
             .zip(shares)
             .zip(programs);
-        for (((((party, peer), shelf), seed), shares), program) in parties {
+        for (((((party, peer), source), seed), shares), program) in parties {
             threads.push(scope.spawn(move || -> Result<_> {
-                let material = MaterialFrom::Source(Box::new(shelf), seed);
+                let material = MaterialFrom::Source(source, seed);
                 let session = PartySession {
                     party,
                     peer,
                     material,
-                    ahead: None,
+                    ahead,
                     shares,
                 };
                 let (mut marks, mut last) = (Vec::with_capacity(passes), None);

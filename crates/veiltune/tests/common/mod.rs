@@ -1,6 +1,8 @@
 //! Running the built binary, with a limit to how long it may take.
 #![allow(dead_code, reason = "each test file uses its part")]
 
+pub mod artefact;
+
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};

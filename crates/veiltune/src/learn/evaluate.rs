@@ -1,0 +1,174 @@
+//! `veiltune evaluate`: how often a trained adapter is right, in floating point or as the protocols compute it.
+
+use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
+
+use clap::{Args, ValueEnum};
+use serde::Serialize;
+use veiltune_adapt::cache::Source;
+use veiltune_adapt::evaluate::{Arithmetic, Evaluation, Model, evaluate};
+use veiltune_adapt::train::Pictures;
+use veiltune_hub::Dataset;
+use veiltune_hub::dataset::Split;
+use veiltune_nn::load::Classifier;
+
+use super::{Bar, DataArgs, all_reads, backbone_of, interruptible};
+use crate::inputs;
+use crate::prepare::Preparation;
+use crate::report::print;
+use crate::session::check_backbone;
+use crate::{Error, Result};
+
+/// What `veiltune evaluate` takes.
+#[derive(Args, Debug)]
+pub struct EvaluateArgs {
+    #[command(flatten)]
+    data: DataArgs,
+    /// Folder of the adapter
+    #[arg(long, value_name = "DIR")]
+    adapter: PathBuf,
+    /// How it is computed
+    #[arg(long, value_enum, default_value = "float", value_name = "HOW")]
+    arithmetic: ArithmeticArg,
+    /// Print one JSON object to standard output instead of text
+    ///
+    /// Its members: adapter, backbone, arithmetic, pictures, skipped (unreadable ones), accuracy (0 to 1), loss (mean
+    /// cross-entropy), beyond_range (pictures that leave a calibrated range so far that they have no result; they count as wrong).
+    #[arg(long)]
+    json: bool,
+}
+
+/// How a model is computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum ArithmeticArg {
+    /// In floating point, as it was trained
+    Float,
+    /// In floating point, in the form in which it is served
+    Served,
+    /// In the fixed point of the protocols, bit for bit what client and provider compute together
+    Fixed,
+}
+
+impl From<ArithmeticArg> for Arithmetic {
+    fn from(a: ArithmeticArg) -> Self {
+        match a {
+            ArithmeticArg::Float => Arithmetic::Float,
+            ArithmeticArg::Served => Arithmetic::Served,
+            ArithmeticArg::Fixed => Arithmetic::Fixed,
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct Summary {
+    adapter: PathBuf,
+    backbone: String,
+    arithmetic: Arithmetic,
+    pictures: usize,
+    skipped: usize,
+    accuracy: f64,
+    loss: f64,
+    beyond_range: usize,
+}
+
+/// Measures.
+pub fn run(args: &EvaluateArgs) -> Result<()> {
+    let interrupted = interruptible()?;
+    let classifier = inputs::classifier(Some(&args.adapter))?;
+    args.data.fetch_backbone()?;
+    let named = args.data.backbone.as_deref();
+    let preparation = Preparation::new(&classifier.config, named)?;
+    check_backbone(
+        &classifier.config,
+        preparation.backbone(),
+        named.unwrap_or("the embedded one"),
+    )?;
+    let (pictures, skipped) = args.data.open(&args.data.data, Split::Test, "--data")?;
+    check_classes(classifier.config.method.labels(), pictures.classes())?;
+    let source = match &preparation {
+        Preparation::Backbone { backbone, .. } => Source::Backbone(backbone),
+        Preparation::Pixels { preprocess, vit } => Source::Pixels { vit, preprocess },
+    };
+    let arithmetic = args.arithmetic.into();
+    let result = measure(
+        &args.data,
+        &classifier,
+        source,
+        &pictures,
+        arithmetic,
+        &interrupted,
+    )?;
+    let summary = Summary {
+        adapter: args.adapter.clone(),
+        backbone: args.data.backbone_name(),
+        arithmetic,
+        pictures: pictures.len(),
+        skipped,
+        accuracy: result.accuracy,
+        loss: result.loss,
+        beyond_range: result.beyond,
+    };
+    print(args.json, &summary, || {
+        let beyond = match summary.beyond_range {
+            0 => String::new(),
+            n => format!("; {n} are beyond a calibrated range and count as wrong"),
+        };
+        format!(
+            "{:.2} % of {} pictures{beyond}\n",
+            100.0 * summary.accuracy,
+            summary.pictures
+        )
+    })
+}
+
+/// Refuses pictures of other classes than the adapter's, naming the first that differs.
+fn check_classes(adapter: &[String], pictures: &[String]) -> Result<()> {
+    let label = |of: &[String], i: usize| of.get(i).map_or("no class".into(), |l| format!("{l:?}"));
+    let differs = |&i: &usize| adapter.get(i) != pictures.get(i);
+    let Some(i) = (0..adapter.len().max(pictures.len())).find(differs) else {
+        return Ok(());
+    };
+    Err(Error::Input(format!(
+        "the adapter is for {} classes, the pictures have {}; class {} is {} there and {} here; give pictures of the classes \
+         that it was trained for to --data",
+        adapter.len(),
+        pictures.len(),
+        i + 1,
+        label(adapter, i),
+        label(pictures, i)
+    )))
+}
+
+/// Accuracy on all pictures.
+pub fn measure(
+    data: &DataArgs,
+    classifier: &Classifier,
+    source: Source,
+    pictures: &Dataset,
+    arithmetic: Arithmetic,
+    interrupted: &AtomicBool,
+) -> Result<Evaluation> {
+    let method = &classifier.config.method;
+    let backbone = backbone_of(source);
+    let reads = all_reads(&[method], backbone.map_or(0, |b| b.config.num_hidden_layers))?;
+    let states = data.states(pictures, source, &reads, 1, 0, interrupted)?;
+    let which: Vec<usize> = (0..states.len()).collect();
+    let model = Model {
+        method,
+        tensors: &classifier.weights,
+        backbone,
+    };
+    let bar = Bar::new("measuring");
+    let result = evaluate(
+        &model,
+        Pictures {
+            states: &states,
+            which: &which,
+        },
+        arithmetic,
+        data.threads(),
+        &mut |n| bar.at(n, which.len(), ""),
+        interrupted,
+    );
+    Ok(result?)
+}

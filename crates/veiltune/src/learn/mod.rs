@@ -1,0 +1,363 @@
+//! Training, measuring and searching adapters: in the clear, at the provider.
+
+pub mod evaluate;
+pub mod search;
+pub mod train;
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+use veiltune_adapt::cache::{self, Request, Source, States};
+use veiltune_engine::{Comparison, Cost};
+use veiltune_hub::dataset::{OnBad, Split};
+use veiltune_hub::{Augment, Dataset, adapter, files};
+use veiltune_nn::encoder::Tuning;
+use veiltune_nn::load::{Classifier, Served};
+use veiltune_nn::{Backbone, Method, Read};
+use veiltune_wire::Network;
+
+use crate::inputs;
+use crate::program::{Batches, Classification, Compare};
+use crate::{Error, Result};
+
+/// Pictures, and the backbone that sees them.
+#[derive(Args, Clone, Debug)]
+pub struct DataArgs {
+    /// Labelled pictures: an image folder, CIFAR files, or an IDX folder
+    ///
+    /// An image folder has a folder of PNG or JPEG files for each class, perhaps once more below train/ and test/ (or val/).
+    /// CIFAR-10 and CIFAR-100 are read in their binary format, one file or a folder of them; IDX is the format of MNIST and
+    /// Fashion-MNIST.
+    #[arg(long, value_name = "PATH")]
+    pub data: PathBuf,
+    /// The public backbone: a folder, or a model of the hub as OWNER/NAME [default: the embedded one]
+    ///
+    /// A folder has config.json, preprocessor_config.json and model.safetensors. Vision transformers of the kinds vit, deit,
+    /// dinov2 and clip are known. A model that is not in the hub's cache is downloaded.
+    #[arg(long, value_name = "DIR|NAME")]
+    pub backbone: Option<String>,
+    /// Use only N pictures, the same share of each class
+    #[arg(long, value_name = "N")]
+    pub pictures: Option<usize>,
+    /// Leave out pictures that cannot be read, naming and counting them; without this the first one is an error
+    #[arg(long)]
+    pub skip_unreadable: bool,
+    /// Folder for the backbone's hidden states [default: veiltune in the user's cache folder]
+    ///
+    /// They are computed once for each view of each picture and read by every later run. An adapter of scope s takes pictures x
+    /// views x (s x tokens + 1) x width x 2 bytes: 0.3 MB a picture for each view and scope with ViT-B/16.
+    #[arg(long, value_name = "DIR")]
+    pub cache: Option<PathBuf>,
+    /// Threads that compute [default: one for each core]
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+}
+
+impl DataArgs {
+    /// Threads that are meant.
+    pub fn threads(&self) -> usize {
+        let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+        self.threads.unwrap_or_else(cores).max(1)
+    }
+
+    /// What artefacts call the backbone.
+    pub fn backbone_name(&self) -> String {
+        self.backbone.clone().unwrap_or_else(|| "veiltune/demo".into())
+    }
+
+    /// The backbone, downloaded if need be.
+    pub fn open_backbone(&self) -> Result<Backbone> {
+        self.fetch_backbone()?;
+        inputs::backbone(self.backbone.as_deref())
+    }
+
+    /// Downloads the backbone if it is not on this machine.
+    pub fn fetch_backbone(&self) -> Result<()> {
+        if let Some(name) = &self.backbone {
+            let bar = Bar::new("download");
+            veiltune_hub::fetch(name, &mut |p| bar.at(p.done as usize, p.total as usize, p.file))
+                .map_err(|e| inputs::bad_weights(e, Some(Path::new(name)), "--backbone"))?;
+        }
+        Ok(())
+    }
+
+    /// The labelled pictures at `path`, which came with `option`, all of which can be read; and how many were left out because
+    /// they cannot.
+    pub fn open(&self, path: &Path, split: Split, option: &str) -> Result<(Dataset, usize)> {
+        let of_data = |e: veiltune_hub::Error| {
+            Error::Input(format!(
+                "{e}; give labelled pictures to {option}: an image folder, CIFAR files or an IDX folder"
+            ))
+        };
+        let found = Dataset::open(path, split).map_err(of_data)?;
+        let found = match self.pictures {
+            Some(n) if n < found.len() => {
+                let labels: Vec<u32> = (0..found.len()).map(|i| found.label(i) as u32).collect();
+                let share = n as f64 / found.len() as f64;
+                found.subset(&cache::split(&labels, share, 0).1)
+            }
+            _ => found,
+        };
+        let on_bad = match self.skip_unreadable {
+            true => OnBad::Skip,
+            false => OnBad::Fail,
+        };
+        let bar = Bar::new("pictures");
+        let total = found.len();
+        let advice = match on_bad {
+            OnBad::Skip => "replace its pictures, or remove the class",
+            OnBad::Fail => "replace the picture, or leave out what cannot be read with --skip-unreadable",
+        };
+        let (read, skipped) = found
+            .verify(on_bad, &mut |n| bar.at(n, total, ""))
+            .map_err(|e| Error::Input(format!("{e}; {advice}")))?;
+        drop(bar);
+        for s in &skipped {
+            eprintln!("skipped {}: {}", s.name, s.reason);
+        }
+        if !skipped.is_empty() {
+            eprintln!(
+                "{} of {total} pictures cannot be read and are left out",
+                skipped.len()
+            );
+        }
+        Ok((read, skipped.len()))
+    }
+
+    /// The states that `reads` need, from the cache or computed now.
+    pub fn states(
+        &self,
+        dataset: &Dataset,
+        source: Source,
+        reads: &[Read],
+        views: usize,
+        seed: u64,
+        interrupted: &AtomicBool,
+    ) -> Result<States> {
+        let dir = match &self.cache {
+            Some(dir) => dir.clone(),
+            None => user_cache()?,
+        };
+        let bar = Bar::new("hidden states");
+        let request = Request {
+            dir: &dir,
+            source,
+            dataset,
+            views,
+            augment: Augment::default(),
+            seed,
+            threads: self.threads(),
+        };
+        let states = States::open_or_compute(
+            &request,
+            reads,
+            &mut |p| bar.at(p.done, p.total, &left(p.seconds_left())),
+            interrupted,
+        );
+        states.map_err(|e| match e {
+            veiltune_adapt::Error::Model(e) => {
+                inputs::bad_weights(e, self.backbone.as_deref().map(Path::new), "--backbone")
+            }
+            e @ veiltune_adapt::Error::Io { .. } => {
+                Error::Input(format!("{e}; give a folder that can be written to --cache"))
+            }
+            e => e.into(),
+        })
+    }
+}
+
+/// What computes the states that `method` reads.
+pub fn source<'a>(method: &'a Method, backbone: &'a Backbone) -> Source<'a> {
+    if let Method::Encoder(c) = method
+        && let Tuning::MpcVit { preprocess } = &c.tuning
+    {
+        return Source::Pixels {
+            vit: &c.vit,
+            preprocess,
+        };
+    }
+    Source::Backbone(backbone)
+}
+
+/// The backbone of a source; none if pixels are read.
+pub fn backbone_of<'a>(source: Source<'a>) -> Option<&'a Backbone> {
+    match source {
+        Source::Backbone(backbone) => Some(backbone),
+        Source::Pixels { .. } => None,
+    }
+}
+
+/// What each of the methods reads, without repetitions.
+pub fn all_reads(methods: &[&Method], layers: usize) -> Result<Vec<Read>> {
+    let mut seen = BTreeSet::new();
+    let mut all = Vec::new();
+    for method in methods {
+        for read in method
+            .reads(layers)?
+            .into_iter()
+            .chain(method.served().reads(layers)?)
+        {
+            if seen.insert((read.state, read.tokens)) {
+                all.push(read);
+            }
+        }
+    }
+    Ok(all)
+}
+
+/// The comparison that serves one image soonest over `network`, and the exact cost with it.
+pub fn cost_of_one(method: &Method, network: &Network) -> Result<(Comparison, Cost)> {
+    let one = Batches {
+        images: 1,
+        batch: std::num::NonZeroUsize::MIN,
+    };
+    let served = Served::shapes(method);
+    let mut program = Classification::public(&served, one);
+    program.comparison = Compare::Auto.over(network, &program)?;
+    Ok((program.comparison, program.plan()?.tally.total()))
+}
+
+/// Set by Ctrl-C.
+pub fn interruptible() -> Result<Arc<AtomicBool>> {
+    let flag = Arc::new(AtomicBool::new(false));
+    let set = flag.clone();
+    ctrlc::set_handler(move || {
+        // Who insists does not wait for the next safe point.
+        if set.swap(true, Relaxed) {
+            std::process::exit(130);
+        }
+        eprintln!("veiltune: stopping at the next safe point; interrupt again to stop at once");
+    })
+    .map_err(|e| Error::io("catching interruptions")(std::io::Error::other(e)))?;
+    Ok(flag)
+}
+
+/// Seconds as people say them.
+pub fn left(seconds: f64) -> String {
+    match seconds {
+        s if !s.is_finite() => String::new(),
+        s if s < 90.0 => format!("{s:.0} s left"),
+        s if s < 5400.0 => format!("{:.0} min left", s / 60.0),
+        s => format!("{:.1} h left", s / 3600.0),
+    }
+}
+
+/// Tells the user how a command of this module was interrupted, which is not how a run of three roles is.
+pub fn told(result: Result<()>) -> (Result<()>, bool) {
+    let interrupted = matches!(result, Err(Error::Interrupted));
+    if interrupted {
+        eprintln!("veiltune: interrupted; what is done is kept, and the same command goes on from there");
+    }
+    (result, interrupted)
+}
+
+/// Refuses a file in the place of the folder that --out names.
+pub fn check_out(out: &Path) -> Result<()> {
+    match out.exists() && !out.is_dir() {
+        true => Err(Error::Input(format!(
+            "{} is a file; give a folder to --out",
+            out.display()
+        ))),
+        false => Ok(()),
+    }
+}
+
+/// Refuses to write an adapter over another one: that in `dir`, if it is not of a run that left `state`.
+pub fn check_adapter(dir: &Path, state: &Path) -> Result<()> {
+    let adapter = dir.join(adapter::CONFIG_FILE);
+    match adapter.exists() && !state.exists() {
+        true => Err(Error::Input(format!(
+            "{} is of another run and would be overwritten; give another folder to --out, or remove that one",
+            adapter.display()
+        ))),
+        false => Ok(()),
+    }
+}
+
+/// Makes a folder below the one that --out names, or that one.
+pub fn make(dir: &Path) -> Result<()> {
+    std::fs::create_dir_all(dir).map_err(of_out(dir))
+}
+
+/// Writes a file below the folder that --out names, whole or not at all.
+pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
+    files::write_atomic(path, bytes).map_err(|e| Error::Input(format!("{e}; {WRITABLE}")))
+}
+
+/// As [`write`], `value` as JSON.
+pub fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<()> {
+    files::write_json(path, value).map_err(|e| Error::Input(format!("{e}; {WRITABLE}")))
+}
+
+/// Writes an artefact, its configuration last.
+pub fn write_adapter(dir: &Path, classifier: &Classifier) -> Result<()> {
+    classifier
+        .write(dir)
+        .map_err(|e| Error::Input(format!("{e}; {WRITABLE}")))
+}
+
+fn of_out(path: &Path) -> impl FnOnce(std::io::Error) -> Error {
+    move |e| Error::Input(format!("{}: {e}; {WRITABLE}", path.display()))
+}
+
+const WRITABLE: &str = "give a folder with room that can be written to --out, and run the same command again";
+
+fn user_cache() -> Result<PathBuf> {
+    let var = |key| std::env::var_os(key).filter(|v| !v.is_empty()).map(PathBuf::from);
+    let base = var("XDG_CACHE_HOME").or_else(|| Some(var("HOME")?.join(".cache")));
+    base.map(|b| b.join("veiltune"))
+        .ok_or_else(|| Error::Input("no cache folder of the user is known; give --cache".into()))
+}
+
+/// A bar on a terminal; elsewhere a line now and then.
+pub struct Bar {
+    bar: ProgressBar,
+    name: &'static str,
+    said: std::cell::Cell<std::time::Instant>,
+}
+
+/// Between two lines where there is no terminal.
+const QUIET: std::time::Duration = std::time::Duration::from_secs(30);
+
+impl Bar {
+    /// Of so far unknown length.
+    pub fn new(name: &'static str) -> Bar {
+        let bar = ProgressBar::new(0);
+        let style = ProgressStyle::with_template("{prefix:16} {bar:30} {pos}/{len}  {elapsed}  {msg}");
+        if let Ok(style) = style {
+            bar.set_style(style);
+        }
+        bar.set_prefix(name);
+        Bar {
+            bar,
+            name,
+            said: std::cell::Cell::new(std::time::Instant::now()),
+        }
+    }
+
+    /// So much is done; `note` says more.
+    pub fn at(&self, done: usize, total: usize, note: &str) {
+        self.bar.set_length(total as u64);
+        self.bar.set_position(done as u64);
+        self.bar.set_message(note.to_owned());
+        if self.bar.is_hidden() && self.said.get().elapsed() > QUIET {
+            self.say(&format!("{}: {done} of {total}  {note}", self.name));
+        }
+    }
+
+    /// A line that stays.
+    pub fn say(&self, line: &str) {
+        self.said.set(std::time::Instant::now());
+        self.bar.suspend(|| eprintln!("{line}"));
+    }
+}
+
+impl Drop for Bar {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+    }
+}

@@ -1,0 +1,521 @@
+//! `veiltune search`: which adapter is accurate enough and cheap enough, for the user's data and network.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+
+use clap::{Args, ValueEnum};
+use serde::Serialize;
+use veiltune_adapt::cache::{Source, States};
+use veiltune_adapt::search::{
+    self, Candidate, Comparison, Evaluate, Goal, Latencies, NormChoice, Outcome, Search, Space, Spent, Trial,
+};
+use veiltune_adapt::train::{Pictures, Task, train, train_until};
+use veiltune_hub::dataset::Split;
+use veiltune_nn::owc::Design;
+use veiltune_nn::{Backbone, Method, OwcConfig};
+use veiltune_wire::Network;
+
+use super::train::{Recipe, artefact};
+use super::{
+    Bar, DataArgs, all_reads, check_adapter, check_out, cost_of_one, interruptible, left, make, write,
+    write_adapter,
+};
+use crate::report::print;
+use crate::{Error, Result};
+
+/// Remembers each training of a search.
+const JOURNAL: &str = "journal.jsonl";
+/// Folder of the adapter that was found.
+const ADAPTER: &str = "adapter";
+
+/// What `veiltune search` takes.
+#[derive(Args, Debug)]
+pub struct SearchArgs {
+    #[command(flatten)]
+    data: DataArgs,
+    /// Folder for the journal, the candidates, the Pareto front, and the adapter that was found; a search that was interrupted
+    /// goes on from what is there
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Efficiency first: the fastest adapter with at least this validation accuracy, 0 to 1
+    #[arg(
+        long,
+        value_name = "ACCURACY",
+        required_unless_present = "seconds",
+        conflicts_with = "seconds"
+    )]
+    accuracy: Option<f64>,
+    /// Utility first: the most accurate adapter whose private part takes at most so many seconds for one image
+    #[arg(long, value_name = "SECONDS")]
+    seconds: Option<f64>,
+    /// Network between client and provider: none, lan, wan, or RATE_MBIT:DELAY_US
+    #[arg(long, default_value = "lan", value_name = "NETWORK")]
+    network: Network,
+    /// How to choose what is trained
+    #[arg(long, value_enum, default_value = "halving", value_name = "HOW")]
+    by: By,
+    /// Attention heads h to try; only those that divide the rank
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "1,2,4,6,10,12",
+        value_name = "H,.."
+    )]
+    heads: Vec<usize>,
+    /// Widths r to try; only those up to the backbone's width
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "60,120,180,240,300",
+        value_name = "R,.."
+    )]
+    ranks: Vec<usize>,
+    /// Numbers s of adapters to try; only those up to the backbone's layers
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "1,2,3,4,5,6",
+        value_name = "S,.."
+    )]
+    scopes: Vec<usize>,
+    /// Norms to try
+    #[arg(
+        long,
+        value_enum,
+        value_delimiter = ',',
+        default_value = "layer,batch",
+        value_name = "NORM,.."
+    )]
+    norms: Vec<crate::methods::NormArg>,
+    /// End before more than N full trainings are spent [default: when no training is expected to pay]
+    #[arg(long, value_name = "N")]
+    budget: Option<f64>,
+    /// Multiply-adds that a party does in a second, in billions, for the predicted seconds
+    #[arg(long, default_value_t = 50.0, value_name = "RATE")]
+    gmacs: f64,
+    #[command(flatten)]
+    recipe: Recipe,
+    /// Print one JSON object to standard output instead of text
+    ///
+    /// Its members: network, skipped (unreadable pictures), found [{by, out, summary, reached, best, candidates, trainings,
+    /// seconds, trials, front, adapter}, one a way of searching], comparison (of both ways: accuracy and latency that both
+    /// reached, and the candidates, trainings and seconds that each took until then). A candidate is {heads, rank, scope, norm};
+    /// trials and front list {candidate, epochs, accuracy, latency, seconds, cost}.
+    #[arg(long)]
+    json: bool,
+}
+
+/// How to search.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum By {
+    /// Short trainings first, lengthened for those that may still be the best
+    Halving,
+    /// The paper's controller, by reinforcement
+    Reinforce,
+    /// One after the other, each in a folder of its own, and compared
+    Both,
+}
+
+/// One way of searching and what came of it.
+#[derive(Serialize)]
+struct Found {
+    by: &'static str,
+    out: PathBuf,
+    summary: String,
+    reached: bool,
+    best: Option<Candidate>,
+    candidates: usize,
+    trainings: f64,
+    seconds: f64,
+    trials: Vec<Trial>,
+    front: Vec<Trial>,
+    adapter: Option<PathBuf>,
+}
+
+#[derive(Serialize)]
+struct Summary {
+    network: Network,
+    skipped: usize,
+    found: Vec<Found>,
+    comparison: Option<Compared>,
+}
+
+/// Until both had a candidate as good as the worse of their best.
+#[derive(Serialize)]
+struct Compared {
+    accuracy: f64,
+    latency: f64,
+    candidates: [usize; 2],
+    trainings: [f64; 2],
+    seconds: [f64; 2],
+}
+
+impl From<Comparison> for Compared {
+    fn from(c: Comparison) -> Self {
+        Compared {
+            accuracy: c.accuracy,
+            latency: c.latency,
+            candidates: c.until.map(|s: Spent| s.candidates),
+            trainings: c.until.map(|s| s.trainings),
+            seconds: c.until.map(|s| s.seconds),
+        }
+    }
+}
+
+/// Searches.
+pub fn run(args: &SearchArgs) -> Result<()> {
+    args.recipe.check()?;
+    check_out(&args.out)?;
+    if !(args.gmacs > 0.0 && args.gmacs.is_finite()) {
+        return Err(Error::Input("--gmacs must be a positive number".into()));
+    }
+    if args.recipe.validation == 0.0 {
+        let detail = "a search measures on validation pictures: --validation must be above 0 and below 1";
+        return Err(Error::Input(detail.into()));
+    }
+    let of_0_to_1 = |a: f64| a > 0.0 && a <= 1.0;
+    if !args.accuracy.is_none_or(of_0_to_1) {
+        return Err(Error::Input("--accuracy must be above 0 and at most 1".into()));
+    }
+    if args.seconds.is_some_and(|s| !(s > 0.0 && s.is_finite())) {
+        return Err(Error::Input("--seconds must be a positive number".into()));
+    }
+    let ways: &[(search::Method, &'static str)] = match args.by {
+        By::Halving => &[(search::Method::Halving, "halving")],
+        By::Reinforce => &[(search::Method::Reinforce, "reinforce")],
+        By::Both => &[
+            (search::Method::Halving, "halving"),
+            (search::Method::Reinforce, "reinforce"),
+        ],
+    };
+    let out_of = |name: &str| match ways.len() {
+        1 => args.out.clone(),
+        _ => args.out.join(name),
+    };
+    for (_, name) in ways {
+        let out = out_of(name);
+        check_adapter(&out.join(ADAPTER), &out.join(JOURNAL))?;
+    }
+    let goal = match (args.accuracy, args.seconds) {
+        (Some(accuracy), _) => Goal::Efficiency { accuracy },
+        (None, Some(seconds)) => Goal::Utility { seconds },
+        (None, None) => return Err(Error::Input("give --accuracy or --seconds".into())),
+    };
+    let interrupted = interruptible()?;
+    let backbone = args.data.open_backbone()?;
+    let (layers, width) = (backbone.config.num_hidden_layers, backbone.config.hidden_size);
+    let space = Space {
+        heads: args.heads.clone(),
+        ranks: args.ranks.clone(),
+        scopes: args.scopes.clone(),
+        norms: args.norms.iter().map(|n| norm(n.choice())).collect(),
+    }
+    .within(layers, width);
+    let candidates = space.candidates().map_err(|e| {
+        Error::Input(format!(
+            "{e}; give ranks up to {width}, the backbone's width, to --ranks, scopes up to {layers}, its layers, to --scopes, and \
+             divisors of a rank to --heads"
+        ))
+    })?;
+
+    // The test set is never opened: candidates are measured on a part of the training pictures.
+    let (pictures, skipped) = args.data.open(&args.data.data, Split::Train, "--data")?;
+    let labels = pictures.classes().to_vec();
+    let largest = candidates
+        .iter()
+        .max_by_key(|c| c.scope)
+        .expect("a space has candidates");
+    let deepest = method(&backbone, largest, &labels)?;
+    let reads = all_reads(&[&deepest], layers)?;
+    let (views, seed) = (args.recipe.views, args.recipe.seed);
+    // Every scope ends with the same state at the class token; a smaller one begins later.
+    let from = Source::Backbone(&backbone);
+    make(&args.out)?;
+    let states = args
+        .data
+        .states(&pictures, from, &reads, views, seed, &interrupted)?;
+    let (learn, check) = states.split_validation(args.recipe.validation, seed);
+    let recipe = args.recipe.settings(&deepest);
+
+    let mut found = Vec::new();
+    for &(way, name) in ways {
+        let out = out_of(name);
+        make(&out)?;
+        let mut trainer = Trainer {
+            args,
+            backbone: &backbone,
+            labels: &labels,
+            states: &states,
+            learn: &learn,
+            check: &check,
+            dir: out.join("candidates"),
+            interrupted: &interrupted,
+        };
+        let settings = search::Settings {
+            method: way,
+            space: space.clone(),
+            goal,
+            epochs: recipe.epochs,
+            seed,
+            fingerprint: format!(
+                "{} validation {} network {} gmacs {} batch {} rate {}",
+                states.digest(),
+                args.recipe.validation,
+                args.network,
+                args.gmacs,
+                recipe.batch,
+                recipe.rate
+            ),
+            budget: args.budget,
+        };
+        let bar = Bar::new("search");
+        let mut search = Search::open(settings, &out.join(JOURNAL))?;
+        let outcome = search.run(&mut trainer, &interrupted, &mut |trial, status| {
+            let again = if status.replayed {
+                " (from the journal)"
+            } else {
+                ""
+            };
+            bar.say(&format!(
+                "{name} {}: {} epochs, {:.2} %, {:.4} s{again}; {} candidates, {:.1} trainings, {}",
+                trial.candidate,
+                trial.epochs,
+                100.0 * trial.accuracy,
+                trial.latency,
+                status.spent.candidates,
+                status.spent.trainings,
+                left(status.left)
+            ));
+        })?;
+        drop(bar);
+        if outcome.ended == search::Ended::Interrupted {
+            return Err(Error::Interrupted);
+        }
+        found.push(trainer.conclude(name, &out, outcome)?);
+    }
+    let comparison = match &found[..] {
+        [a, b] => search::compare(&goal, recipe.epochs, &a.trials, &b.trials).map(Compared::from),
+        _ => None,
+    };
+    let summary = Summary {
+        network: args.network,
+        skipped,
+        found,
+        comparison,
+    };
+    print(args.json, &summary, || summary.text())
+}
+
+fn norm(choice: veiltune_nn::owc::NormChoice) -> NormChoice {
+    match choice {
+        veiltune_nn::owc::NormChoice::Layer => NormChoice::Layer,
+        veiltune_nn::owc::NormChoice::Batch => NormChoice::Batch,
+    }
+}
+
+fn method(backbone: &Backbone, c: &Candidate, labels: &[String]) -> Result<Method> {
+    let design = Design {
+        norm: match c.norm {
+            NormChoice::Layer => veiltune_nn::owc::NormChoice::Layer,
+            NormChoice::Batch => veiltune_nn::owc::NormChoice::Batch,
+        },
+        ..Design::new(c.heads, c.rank, c.scope)
+    };
+    let config = OwcConfig::new(
+        &design,
+        backbone.config.hidden_size,
+        backbone.tokens(),
+        labels.to_vec(),
+    );
+    let method = Method::Owc(config);
+    method.check()?;
+    Ok(method)
+}
+
+/// Trains and costs candidates.
+struct Trainer<'a> {
+    args: &'a SearchArgs,
+    backbone: &'a Backbone,
+    labels: &'a [String],
+    states: &'a States,
+    learn: &'a [usize],
+    check: &'a [usize],
+    dir: PathBuf,
+    interrupted: &'a AtomicBool,
+}
+
+impl Trainer<'_> {
+    fn method(&self, c: &Candidate) -> veiltune_adapt::Result<Method> {
+        method(self.backbone, c, self.labels).map_err(|e| veiltune_adapt::Error::Settings(e.to_string()))
+    }
+
+    /// Predicted seconds of one image's private part; ranges that training has yet to calibrate are presumed.
+    fn seconds(&self, c: &Candidate, network: &Network) -> Result<f64> {
+        let mut method = method(self.backbone, c, self.labels)?;
+        method.presume();
+        let (_, cost) = cost_of_one(&method, network)?;
+        let macs = cost.macs[0].max(cost.macs[1]) as f64;
+        Ok(cost.network_seconds(network) + macs / (self.args.gmacs * 1e9))
+    }
+
+    fn with_task<T>(
+        &self,
+        c: &Candidate,
+        work: impl FnOnce(&Task) -> veiltune_adapt::Result<T>,
+    ) -> veiltune_adapt::Result<T> {
+        let method = self.method(c)?;
+        let settings = self.args.recipe.settings(&method);
+        let norm = c.norm;
+        let dir = self
+            .dir
+            .join(format!("h{}-r{}-s{}-{norm}", c.heads, c.rank, c.scope));
+        std::fs::create_dir_all(&dir).map_err(|source| veiltune_adapt::Error::Io {
+            path: dir.clone(),
+            source,
+        })?;
+        work(&Task {
+            method: &method,
+            backbone: Some(self.backbone),
+            train: Pictures {
+                states: self.states,
+                which: self.learn,
+            },
+            validation: Pictures {
+                states: self.states,
+                which: self.check,
+            },
+            settings: &settings,
+            threads: self.args.data.threads(),
+            dir: Some(&dir),
+        })
+    }
+
+    /// The best candidate as an adapter, and the front as tables and a plot.
+    fn conclude(&self, by: &'static str, out: &Path, outcome: Outcome) -> Result<Found> {
+        let mut networks =
+            BTreeMap::from([("lan".to_owned(), Network::LAN), ("wan".to_owned(), Network::WAN)]);
+        networks.insert(self.args.network.to_string(), self.args.network);
+        let mut latencies = Latencies::new();
+        for (name, network) in &networks {
+            let of = latencies.entry(name.clone()).or_default();
+            for trial in &outcome.trials {
+                of.insert(trial.candidate, self.seconds(&trial.candidate, network)?);
+            }
+        }
+        let write = |name: &str, text: String| write(&out.join(name), text.as_bytes());
+        write("front.md", search::markdown(&outcome.front, &latencies))?;
+        write("front.csv", search::csv(&outcome.front, &latencies))?;
+        if !outcome.front.is_empty() {
+            let title = format!("adapters found by {by}");
+            write(
+                "front.svg",
+                search::svg(&title, &outcome.front, &outcome.trials, &latencies)?,
+            )?;
+        }
+        let adapter = match &outcome.best {
+            Some(best) => {
+                let trained = self.with_task(best, |task| train(task, &mut |_| {}, self.interrupted))?;
+                let dir = out.join(ADAPTER);
+                let name = self.args.data.backbone_name();
+                write_adapter(&dir, &artefact(trained, Some(self.backbone), name)?)?;
+                Some(dir)
+            }
+            None => None,
+        };
+        Ok(Found {
+            by,
+            out: out.to_owned(),
+            summary: outcome.summary,
+            reached: outcome.reached,
+            best: outcome.best,
+            candidates: outcome.spent.candidates,
+            trainings: outcome.spent.trainings,
+            seconds: outcome.spent.seconds,
+            trials: outcome.trials,
+            front: outcome.front,
+            adapter,
+        })
+    }
+}
+
+impl Evaluate for Trainer<'_> {
+    fn latency(&mut self, c: &Candidate) -> veiltune_adapt::Result<f64> {
+        self.seconds(c, &self.args.network)
+            .map_err(|e| veiltune_adapt::Error::Settings(e.to_string()))
+    }
+
+    fn train(&mut self, c: &Candidate, epochs: usize) -> veiltune_adapt::Result<f64> {
+        let bar = Bar::new("training");
+        let name = c.to_string();
+        self.with_task(c, |task| {
+            let show = &mut |p: veiltune_adapt::train::Progress| {
+                bar.at(
+                    p.step,
+                    p.steps,
+                    &format!("{name}  epoch {}/{}  loss {:.3}", p.epoch, p.epochs, p.loss),
+                );
+            };
+            let curve = train_until(task, epochs, show, self.interrupted)?;
+            let last = curve.get(epochs - 1).and_then(|e| e.validation_accuracy);
+            last.ok_or_else(|| veiltune_adapt::Error::Settings("no validation pictures".into()))
+        })
+    }
+
+    fn training_cost(&self, c: &Candidate) -> f64 {
+        // Multiply-adds of a forward pass: projections down and up, and a block on all tokens.
+        let (n, d) = (
+            self.backbone.tokens() as f64,
+            self.backbone.config.hidden_size as f64,
+        );
+        let (r, s) = (c.rank as f64, c.scope as f64);
+        s * (n * r * (2.0 * d + 6.0 * r) + 2.0 * n * n * r) / 1e9
+    }
+}
+
+impl Summary {
+    fn text(&self) -> String {
+        let mut text = String::new();
+        for f in &self.found {
+            text += &format!(
+                "{}: {}\ncandidates trained: {}, full trainings: {:.1}, {:.0} s\n",
+                f.by, f.summary, f.candidates, f.trainings, f.seconds
+            );
+            for t in &f.front {
+                text += &format!(
+                    "  {:<24} {:>6.2} %  {:.4} s on {}\n",
+                    t.candidate.to_string(),
+                    100.0 * t.accuracy,
+                    t.latency,
+                    self.network
+                );
+            }
+            if !f.front.is_empty() {
+                let at = |name| f.out.join(name).display().to_string();
+                text += &format!(
+                    "front: {}, {}, {}\n",
+                    at("front.md"),
+                    at("front.csv"),
+                    at("front.svg")
+                );
+            }
+            if let Some(dir) = &f.adapter {
+                text += &format!("adapter: {}\n", dir.display());
+            }
+        }
+        if let Some(c) = &self.comparison {
+            text += &format!(
+                "until {:.2} % in {:.4} s: halving {} candidates, {:.1} trainings, {:.0} s; reinforce {}, {:.1}, {:.0} s\n",
+                100.0 * c.accuracy,
+                c.latency,
+                c.candidates[0],
+                c.trainings[0],
+                c.seconds[0],
+                c.candidates[1],
+                c.trainings[1],
+                c.seconds[1]
+            );
+        }
+        text
+    }
+}

@@ -1,0 +1,306 @@
+//! `veiltune train`: from a backbone and labelled pictures to an adapter that can be served.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use serde::Serialize;
+use veiltune_adapt::evaluate::Arithmetic;
+use veiltune_adapt::train::{
+    CURVE_FILE, Epoch, Pictures, Report, STATE_FILE, Settings, Task, Trained, train,
+};
+use veiltune_engine::Comparison;
+use veiltune_hub::AdapterConfig;
+use veiltune_hub::dataset::Split;
+use veiltune_nn::load::Classifier;
+use veiltune_nn::{Backbone, Method};
+use veiltune_wire::Network;
+
+use super::{
+    Bar, DataArgs, all_reads, backbone_of, check_adapter, check_out, cost_of_one, evaluate, interruptible,
+    left, make, source, write_adapter, write_json,
+};
+use crate::methods::MethodArgs;
+use crate::report::{grouped, print};
+use crate::{Error, Result};
+
+/// What `veiltune train` takes.
+#[derive(Args, Debug)]
+pub struct TrainArgs {
+    #[command(flatten)]
+    data: DataArgs,
+    /// Folder to write the adapter to; a run that was interrupted goes on from what is there
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    #[command(flatten)]
+    method: MethodArgs,
+    #[command(flatten)]
+    recipe: Recipe,
+    /// Pictures of the same classes to measure on at the end; the same PATH as --data for its test part
+    #[arg(long, value_name = "PATH")]
+    test: Option<PathBuf>,
+    /// Print one JSON object to standard output instead of text
+    ///
+    /// Its members: adapter and learning_curve (paths), backbone, peft_type, classes, skipped (unreadable pictures), settings,
+    /// parameters (trained values), pictures, views, train_accuracy, validation_accuracy, seconds, curve [{train_loss,
+    /// train_accuracy, validation_loss, validation_accuracy, seconds}, one an epoch], test {pictures, skipped, accuracy, loss};
+    /// and of one private image, exactly: comparison, rounds, online_bytes [client to provider, provider to client], dealer_bytes [to
+    /// client, to provider]. Accuracies are 0 to 1.
+    #[arg(long)]
+    json: bool,
+}
+
+/// How to train.
+#[derive(Args, Clone, Debug)]
+pub struct Recipe {
+    /// Passes over the pictures [default: 20; 60 for a head]
+    #[arg(long, value_name = "N")]
+    pub epochs: Option<usize>,
+    /// Pictures that a step of training sees [default: 50; 256 for a head]
+    #[arg(long, value_name = "N")]
+    pub batch: Option<usize>,
+    /// Peak learning rate [default: 0.01 by SGD; 0.005 by AdamW for a head]
+    #[arg(long, value_name = "RATE")]
+    pub rate: Option<f32>,
+    /// Views of each picture: the whole one, and N - 1 random crops, perhaps mirrored; epochs take turns
+    #[arg(long, default_value_t = 2, value_name = "N")]
+    pub views: usize,
+    /// Share of each class's training pictures that is not trained on, but validated on
+    #[arg(long, default_value_t = 0.1, value_name = "SHARE")]
+    pub validation: f64,
+    /// Seed of everything random
+    #[arg(long, default_value_t = 1, value_name = "SEED")]
+    pub seed: u64,
+}
+
+impl Recipe {
+    /// Refuses what cannot be trained with.
+    pub fn check(&self) -> Result<()> {
+        let refuse = |what: &str| Err(Error::Input(what.into()));
+        if !(0.0..1.0).contains(&self.validation) {
+            return refuse("--validation must be at least 0 and below 1");
+        }
+        for (count, name) in [
+            (self.epochs, "--epochs"),
+            (self.batch, "--batch"),
+            (Some(self.views), "--views"),
+        ] {
+            if count == Some(0) {
+                return Err(Error::Input(format!("{name} must be at least 1")));
+            }
+        }
+        if self.rate.is_some_and(|r| !(r > 0.0 && r.is_finite())) {
+            return refuse("--rate must be a positive number");
+        }
+        Ok(())
+    }
+
+    /// For `method`: its own defaults where nothing is given.
+    pub fn settings(&self, method: &Method) -> Settings {
+        let own = Settings::of(method);
+        Settings {
+            epochs: self.epochs.unwrap_or(own.epochs),
+            batch: self.batch.unwrap_or(own.batch),
+            rate: self.rate.unwrap_or(own.rate),
+            seed: self.seed,
+            ..own
+        }
+    }
+}
+
+/// What came out.
+#[derive(Serialize)]
+struct Summary {
+    adapter: PathBuf,
+    learning_curve: PathBuf,
+    backbone: String,
+    peft_type: &'static str,
+    classes: usize,
+    skipped: usize,
+    #[serde(flatten)]
+    report: Report,
+    test: Option<Test>,
+    /// Of one image, exactly.
+    comparison: Comparison,
+    rounds: u64,
+    online_bytes: [u64; 2],
+    dealer_bytes: [u64; 2],
+}
+
+#[derive(Serialize)]
+struct Test {
+    pictures: usize,
+    skipped: usize,
+    accuracy: f64,
+    loss: f64,
+}
+
+/// Name of the figures beside an adapter.
+const REPORT: &str = "report.json";
+
+/// Trains.
+pub fn run(args: &TrainArgs) -> Result<()> {
+    args.recipe.check()?;
+    check_out(&args.out)?;
+    check_adapter(&args.out, &args.out.join(STATE_FILE))?;
+    let interrupted = interruptible()?;
+    let backbone = args.data.open_backbone()?;
+    let (pictures, skipped) = args.data.open(&args.data.data, Split::Train, "--data")?;
+    let tested = args
+        .test
+        .as_ref()
+        .map(|path| args.data.open(path, Split::Test, "--test"));
+    let tested = tested.transpose()?;
+    if let Some((tested, _)) = &tested {
+        pictures
+            .check_same_classes(tested)
+            .map_err(|e| Error::Input(format!("{e}; give the same classes to --data and --test")))?;
+        if pictures.fingerprint() == tested.fingerprint() {
+            return Err(Error::Input(
+                "--test has the very pictures of --data; give others, or put these below train/ and test/"
+                    .into(),
+            ));
+        }
+    }
+    let layers = backbone.config.num_hidden_layers;
+    let labels = pictures.classes().to_vec();
+    let method = args
+        .method
+        .build(&backbone.config, backbone.variant, backbone.tokens(), labels)?;
+    let settings = args.recipe.settings(&method);
+    let reads = all_reads(&[&method], layers)?;
+    let (views, seed) = (args.recipe.views, args.recipe.seed);
+    let source = source(&method, &backbone);
+    make(&args.out)?;
+    let states = args
+        .data
+        .states(&pictures, source, &reads, views, seed, &interrupted)?;
+    let (learn, check) = states.split_validation(args.recipe.validation, seed);
+
+    let task = Task {
+        method: &method,
+        backbone: backbone_of(source),
+        train: Pictures {
+            states: &states,
+            which: &learn,
+        },
+        validation: Pictures {
+            states: &states,
+            which: &check,
+        },
+        settings: &settings,
+        threads: args.data.threads(),
+        dir: Some(&args.out),
+    };
+    let bar = Bar::new("training");
+    let trained = train(
+        &task,
+        &mut |p| {
+            let (loss, left) = (p.loss, left(p.seconds_left));
+            bar.at(
+                p.step,
+                p.steps,
+                &format!("epoch {}/{}  loss {loss:.3}  {left}", p.epoch, p.epochs),
+            );
+            if let Some(epoch) = &p.ended {
+                bar.say(&line(p.epoch, epoch));
+            }
+        },
+        &interrupted,
+    )?;
+    drop(bar);
+    let report = trained.report.clone();
+    let classifier = artefact(trained, backbone_of(source), args.data.backbone_name())?;
+    write_json(&args.out.join(REPORT), &report)?;
+    // As `plan` has it unless it is told of a network; what no protocol computes is no adapter.
+    let (comparison, cost) = cost_of_one(&classifier.config.method, &Network::NONE).map_err(|e| {
+        Error::Input(format!(
+            "what was trained cannot be computed privately: {e}; train with more --epochs, another --rate or --attention, to \
+             another --out"
+        ))
+    })?;
+    write_adapter(&args.out, &classifier)?;
+
+    let mut test = None;
+    if let Some((tested, skipped)) = &tested {
+        let float = Arithmetic::Float;
+        let result = evaluate::measure(&args.data, &classifier, source, tested, float, &interrupted)?;
+        test = Some(Test {
+            pictures: tested.len(),
+            skipped: *skipped,
+            accuracy: result.accuracy,
+            loss: result.loss,
+        });
+    }
+    let summary = Summary {
+        adapter: args.out.clone(),
+        learning_curve: args.out.join(CURVE_FILE),
+        backbone: args.data.backbone_name(),
+        peft_type: classifier.config.method.peft_type(),
+        classes: pictures.classes().len(),
+        skipped,
+        report,
+        test,
+        comparison,
+        rounds: cost.rounds,
+        online_bytes: cost.online_bytes,
+        dealer_bytes: cost.dealer_bytes,
+    };
+    print(args.json, &summary, || summary.text())
+}
+
+/// An artefact that names its backbone, if the method has one.
+pub fn artefact(trained: Trained, backbone: Option<&Backbone>, name: String) -> Result<Classifier> {
+    let digest = backbone.map(Backbone::fingerprint).transpose()?;
+    Ok(Classifier {
+        config: AdapterConfig {
+            base_model_name_or_path: backbone.map_or("none".into(), |_| name),
+            base_model_sha256: digest.map(|d| d.iter().map(|b| format!("{b:02x}")).collect()),
+            method: trained.method,
+        },
+        weights: trained.tensors,
+    })
+}
+
+fn line(number: usize, e: &Epoch) -> String {
+    let mut text = format!(
+        "epoch {number}: loss {:.4}, accuracy {:.2} %",
+        e.train_loss,
+        100.0 * e.train_accuracy
+    );
+    if let (Some(loss), Some(accuracy)) = (e.validation_loss, e.validation_accuracy) {
+        text += &format!("; validation: loss {loss:.4}, accuracy {:.2} %", 100.0 * accuracy);
+    }
+    text
+}
+
+impl Summary {
+    fn text(&self) -> String {
+        let percent = |share: f64| format!("{:.2} %", 100.0 * share);
+        let mut text = format!(
+            "{}: {} trained values, {} pictures in {} views, {:.0} s\naccuracy: training {}",
+            self.peft_type,
+            grouped(self.report.parameters as u64),
+            self.report.pictures,
+            self.report.views,
+            self.report.seconds,
+            percent(self.report.train_accuracy)
+        );
+        if let Some(accuracy) = self.report.validation_accuracy {
+            text += &format!(", validation {}", percent(accuracy));
+        }
+        if let Some(test) = &self.test {
+            text += &format!(", test {} of {} pictures", percent(test.accuracy), test.pictures);
+        }
+        text += &format!(
+            "\none private image: {} rounds, {} bytes from the client, {} from the provider (`veiltune plan` says more)\n",
+            self.rounds,
+            grouped(self.online_bytes[0]),
+            grouped(self.online_bytes[1])
+        );
+        text + &format!(
+            "learning curve: {}\nadapter: {}\n",
+            self.learning_curve.display(),
+            self.adapter.display()
+        )
+    }
+}

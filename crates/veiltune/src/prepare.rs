@@ -1,0 +1,309 @@
+//! What the client computes in the clear: from a picture to what the private part reads of it.
+
+use std::path::Path;
+use std::sync::Mutex;
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::thread::{self, ThreadId};
+use std::time::{Duration, Instant};
+
+use veiltune_engine::{Backend, Error as EngineError, Owner, Plain};
+use veiltune_hub::{AdapterConfig, Preprocess};
+use veiltune_nn::encoder::Tuning;
+use veiltune_nn::load::{Backbone, Served};
+use veiltune_nn::method::State;
+use veiltune_nn::{Method, Read, Vit, VitConfig};
+
+use crate::inputs::{self, Pictures};
+use crate::program::{CLIENT, Images, Inputs, shapes_read, together};
+use crate::{Error, Result};
+
+/// How the pictures of one method are prepared.
+pub enum Preparation {
+    /// By a public backbone.
+    Backbone {
+        /// Which.
+        backbone: Box<Backbone>,
+        /// What is read of its hidden states.
+        reads: Vec<Read>,
+    },
+    /// Not at all: the method reads the pixels themselves.
+    Pixels {
+        /// How pictures are scaled.
+        preprocess: Preprocess,
+        /// The model's shape.
+        vit: VitConfig,
+    },
+}
+
+impl Preparation {
+    /// For this adapter. `backbone` is a folder or a model of the hub, None the embedded one; it is not opened if nothing of it
+    /// is read.
+    pub fn new(adapter: &AdapterConfig<Method>, backbone: Option<&str>) -> Result<Preparation> {
+        if let Method::Encoder(c) = &adapter.method
+            && let Tuning::MpcVit { preprocess } = &c.tuning
+        {
+            return Ok(Preparation::Pixels {
+                preprocess: preprocess.clone(),
+                vit: c.vit.clone(),
+            });
+        }
+        let found = inputs::backbone(backbone)?;
+        check_fit(&found, &adapter.method)?;
+        let served = adapter.method.served();
+        Ok(Preparation::Backbone {
+            reads: served.reads(found.config.num_hidden_layers)?,
+            backbone: Box::new(found),
+        })
+    }
+
+    /// The backbone, if there is one.
+    pub fn backbone(&self) -> Option<&Backbone> {
+        match self {
+            Preparation::Backbone { backbone, .. } => Some(backbone),
+            Preparation::Pixels { .. } => None,
+        }
+    }
+
+    /// What the client has of the private part: its public parameters.
+    pub fn served(&self, method: &Method) -> Result<Served> {
+        match self.backbone() {
+            Some(backbone) if method.needs_backbone() => Served::client(method, backbone).map_err(|e| {
+                Error::Input(format!(
+                    "{e}; give the backbone that the adapter was trained on to --backbone"
+                ))
+            }),
+            _ => Ok(Served::shapes(method)),
+        }
+    }
+
+    /// A picture from a file, scaled and normalised.
+    pub fn picture(&self, path: &Path) -> veiltune_nn::Result<Vec<f32>> {
+        match self {
+            Preparation::Backbone { backbone, .. } => backbone.picture(path),
+            Preparation::Pixels { preprocess, .. } => Ok(preprocess.load(path)?),
+        }
+    }
+
+    /// As [`Preparation::picture`], from a file's content.
+    pub fn decode(&self, file: &str, bytes: &[u8]) -> veiltune_nn::Result<Vec<f32>> {
+        match self {
+            Preparation::Backbone { backbone, .. } => backbone.decode(file, bytes),
+            Preparation::Pixels { preprocess, .. } => Ok(preprocess.decode(file, bytes)?),
+        }
+    }
+
+    /// Ready to prepare pictures.
+    pub fn load(&self) -> Result<Preparer<'_>> {
+        let vit = match self {
+            Preparation::Backbone { backbone, .. } => Some(backbone.load(&Plain::new()).map_err(|e| {
+                Error::Input(format!("{e}; give a complete, undamaged backbone to --backbone"))
+            })?),
+            Preparation::Pixels { .. } => None,
+        };
+        Ok(Preparer { how: self, vit })
+    }
+}
+
+/// A preparation with its weights in memory.
+pub struct Preparer<'a> {
+    how: &'a Preparation,
+    vit: Option<Vit<Plain>>,
+}
+
+impl Preparer<'_> {
+    /// What the private part reads of one picture.
+    pub fn inputs(&self, pixels: &[f32]) -> Result<Inputs> {
+        let (reads, vit) = match (self.how, &self.vit) {
+            (Preparation::Backbone { reads, .. }, Some(vit)) => (reads, vit),
+            (Preparation::Pixels { vit, .. }, _) => return Ok(vec![patches(pixels, vit)]),
+            (Preparation::Backbone { .. }, None) => return Err(Error::Input("no backbone is loaded".into())),
+        };
+        let b = Plain::new();
+        let dims = match self.how.backbone() {
+            Some(backbone) => [
+                1,
+                backbone.config.num_channels,
+                backbone.config.image_size,
+                backbone.config.image_size,
+            ],
+            None => [0; 4],
+        };
+        let states = vit.forward(&b, &b.input(Owner::Public, &dims, Some(pixels))?)?;
+        let read = |read: &Read| -> Result<Vec<f32>> {
+            let State::Hidden(index) = read.state else {
+                return Err(Error::Input(
+                    "an adapter that reads both pixels and hidden states".into(),
+                ));
+            };
+            let state = states
+                .get(index)
+                .ok_or_else(|| EngineError::program("hidden states", format!("there is no state {index}")))?;
+            let values = b
+                .reveal(&read.prepare(&b, state)?, CLIENT)?
+                .map_or_else(Vec::new, |r| r.values);
+            Ok(values.into_iter().map(|v| v as f32).collect())
+        };
+        reads.iter().map(read).collect()
+    }
+}
+
+/// `[channels, size, size]` as patches, each `[channels, y, x]`, row by row.
+fn patches(pixels: &[f32], c: &VitConfig) -> Vec<f32> {
+    let (size, p) = (c.image_size, c.patch_size);
+    let side = size / p;
+    let mut out = Vec::with_capacity(pixels.len());
+    for patch in 0..side * side {
+        for channel in 0..c.num_channels {
+            for y in 0..p {
+                let row = (channel * size + patch / side * p + y) * size;
+                out.extend_from_slice(&pixels[row + patch % side * p..][..p]);
+            }
+        }
+    }
+    out
+}
+
+/// Refuses an adapter that was not trained for a backbone of this shape.
+fn check_fit(backbone: &Backbone, method: &Method) -> Result<()> {
+    let (b, tokens) = (&backbone.config, backbone.tokens());
+    let refuse = |wanted: String| {
+        Err(Error::Input(format!(
+            "the adapter is for {wanted}, this backbone has width {}, {tokens} tokens and {} blocks; give the pair that was \
+             trained together to --backbone and --adapter",
+            b.hidden_size, b.num_hidden_layers
+        )))
+    };
+    if let Err(e) = method.reads(b.num_hidden_layers) {
+        return refuse(format!("another backbone ({e})"));
+    }
+    let widest = shapes_read(method)?
+        .iter()
+        .map(|read| method.input_dims(read, 1))
+        .max_by_key(|dims| dims[1]);
+    match widest.as_deref() {
+        Some(&[_, n, d]) if d != b.hidden_size || (n != 1 && n != tokens) => {
+            refuse(format!("a backbone of width {d} with {n} tokens"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Bytes of prepared pictures that wait for their pass. With more pictures than that, the rest is prepared while the
+/// first are classified.
+const HELD: usize = 256 << 20;
+
+/// Pictures being prepared, for one session.
+pub struct Stream {
+    ready: Mutex<Receiver<Result<Inputs>>>,
+    /// Who uses the values; elsewhere shapes are enough.
+    reader: ThreadId,
+}
+
+impl Images for Stream {
+    fn pass(&self, images: std::ops::Range<usize>) -> Result<Option<Inputs>, EngineError> {
+        // The thread that runs the session uses the values; the one that prepares its material walks the same program with
+        // shapes alone, and passes first.
+        if thread::current().id() != self.reader {
+            return Ok(None);
+        }
+        let ready = self.ready.lock().unwrap_or_else(|e| e.into_inner());
+        let next = |_| match ready.recv() {
+            Ok(Ok(inputs)) => Ok(inputs),
+            Ok(Err(e)) => Err(EngineError::File(e.to_string())),
+            Err(_) => Err(EngineError::Stopped("preparing the pictures")),
+        };
+        let images = images.map(next).collect::<Result<Vec<_>, _>>()?;
+        Ok(Some(together(images.iter())))
+    }
+}
+
+/// Prepares all pictures on a thread of its own, and calls `work` with them on this one, once all of them or as many as are
+/// held are there. `work` is also given what tells the time that the preparation has taken so far.
+pub fn prepared<T>(
+    preparation: &Preparation,
+    pictures: &Pictures,
+    method: &Method,
+    batch: usize,
+    progress: impl Fn(usize) + Send,
+    work: impl FnOnce(&Stream, &dyn Fn() -> Duration) -> Result<T>,
+) -> Result<T> {
+    let each: usize = shapes_read(&method.served())?
+        .iter()
+        .map(|read| method.input_dims(read, 1).iter().product::<usize>() * size_of::<f32>())
+        .sum();
+    let held = (HELD / each.max(1)).max(batch).min(pictures.len().max(1));
+    let (send, ready) = sync_channel(held);
+    let (begin, begun) = sync_channel(1);
+    let spent = Mutex::new(Duration::ZERO);
+    let preparer = preparation.load()?;
+    thread::scope(|scope| {
+        let spent = &spent;
+        scope.spawn(move || {
+            for i in 0..pictures.len() {
+                let made = pictures.load(i, preparation).and_then(|pixels| {
+                    let start = Instant::now();
+                    let made = preparer.inputs(&pixels);
+                    *spent.lock().unwrap_or_else(|e| e.into_inner()) += start.elapsed();
+                    made
+                });
+                let told = match made {
+                    // Until the session has begun, a failure keeps it from beginning.
+                    Err(e) if i < held => {
+                        let _ = begin.send(Some(e));
+                        return;
+                    }
+                    made => send.send(made).is_ok() && (i + 1 != held || begin.send(None).is_ok()),
+                };
+                if !told {
+                    return;
+                }
+                progress(i + 1);
+            }
+        });
+        if let Ok(Some(e)) = begun.recv() {
+            return Err(e);
+        }
+        // Dropped before the thread is waited for, which then ends.
+        let stream = Stream {
+            ready: Mutex::new(ready),
+            reader: thread::current().id(),
+        };
+        work(&stream, &|| *spent.lock().unwrap_or_else(|e| e.into_inner()))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use veiltune_nn::vit::HiddenAct;
+
+    #[test]
+    fn patches_are_those_of_the_backbones_embedding() {
+        let config = VitConfig {
+            hidden_size: 8,
+            num_hidden_layers: 1,
+            num_attention_heads: 2,
+            intermediate_size: 8,
+            hidden_act: HiddenAct::Relu,
+            image_size: 6,
+            patch_size: 2,
+            num_channels: 2,
+            layer_norm_eps: 1e-6,
+            qkv_bias: true,
+            layer_scale: false,
+        };
+        let b = Plain::new();
+        let zero = veiltune_engine::Params::new(|_, dims: &[usize]| {
+            b.weight(Owner::Public, dims, Some(&vec![0.0; dims.iter().product()]))
+        });
+        let vit = Vit::load(&zero, &config).unwrap();
+        let pixels: Vec<f32> = (0..72).map(|v| v as f32).collect();
+        let image = b.input(Owner::Public, &[1, 2, 6, 6], Some(&pixels)).unwrap();
+        let expected = b
+            .reveal(&vit.unfold(&b, &image).unwrap(), CLIENT)
+            .unwrap()
+            .unwrap();
+        let expected: Vec<f32> = expected.values.iter().map(|&v| v as f32).collect();
+        assert_eq!(patches(&pixels, &config), expected);
+    }
+}
