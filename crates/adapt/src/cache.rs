@@ -255,23 +255,26 @@ impl States {
         let digest = hex(&digest.finalize()[..16]);
         let dir = request.dir.join(&digest);
         fs::create_dir_all(&dir).map_err(Error::io(&dir))?;
-        // A process that fills the folder has it alone; those that only read do not come here twice.
-        let lock = dir.join("lock");
-        let lock = File::create(&lock).map_err(Error::io(&lock))?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                let detail = format!(
-                    "{}: another process is filling this cache; wait for it, or use another folder",
-                    dir.display()
-                );
-                return Err(Error::Settings(detail));
+        let mut filling = Filling::open(request, dir.clone(), items.clone())?;
+        if (0..request.views).any(|view| !filling.missing(view).is_empty()) {
+            // A process that fills the folder has it alone; what is whole others may read meanwhile.
+            let lock = dir.join("lock");
+            let lock = File::create(&lock).map_err(Error::io(&lock))?;
+            match lock.try_lock() {
+                Ok(()) => {}
+                Err(TryLockError::WouldBlock) => {
+                    let detail = format!(
+                        "{}: another process is filling this cache; wait for it, or use another folder",
+                        dir.display()
+                    );
+                    return Err(Error::Settings(detail));
+                }
+                Err(TryLockError::Error(e)) => return Err(Error::io(&dir)(e)),
             }
-            Err(TryLockError::Error(e)) => return Err(Error::io(&dir)(e)),
+            filling = Filling::open(request, dir.clone(), items)?;
+            filling.check_space()?;
+            filling.fill(progress, interrupted)?;
         }
-        let mut filling = Filling::open(request, dir.clone(), items)?;
-        filling.check_space()?;
-        filling.fill(progress, interrupted)?;
 
         let mut opened = BTreeMap::new();
         for view in 0..request.views {
@@ -976,7 +979,9 @@ mod tests {
         let states = open(&request, &reads()).unwrap();
         let lock = File::create(states.dir().join("lock")).unwrap();
         lock.lock().unwrap();
-        let refused = open(&request, &reads()).err().unwrap().to_string();
+        assert!(open(&request, &reads()).is_ok(), "what is whole can be read");
+        let more = Request { views: 3, ..request };
+        let refused = open(&more, &reads()).err().unwrap().to_string();
         assert!(refused.contains("another process"), "{refused}");
         assert!(enough(&cache, 5, 5).is_ok());
         let refused = enough(&cache, 3_500_000_000, 1_000_000_000)

@@ -16,6 +16,7 @@ pub mod search;
 mod testing;
 pub mod train;
 pub mod variables;
+mod warm;
 pub mod workers;
 
 pub use error::{Error, Result};

@@ -25,7 +25,7 @@ use crate::optim::{Optimizer, Rule, cosine, cross_entropy, gradients};
 pub use crate::plot::CURVE_FILE;
 use crate::variables::{dropped, normal, usual_init};
 use crate::workers::Workers;
-use crate::{Error, Result, Variables, evaluate, plot};
+use crate::{Error, Result, Variables, evaluate, plot, warm};
 
 /// How to train. The default is the paper's: SGD, 20 epochs, batches of 50.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -42,6 +42,8 @@ pub struct Settings {
     pub decay: f32,
     /// Bound on the norm of a whole gradient.
     pub clip: f32,
+    /// Epochs in which the head alone is fitted to the untrained model's features before all else is trained; 0: none.
+    pub warm: usize,
     /// Probability with which a feature of what an adapter adds (in LoRA, of what it reads) is zero in a forward pass of
     /// training. Drawn once for the pictures of a pass, not for each: a pass is [`Settings::shard`] pictures.
     pub dropout: f32,
@@ -65,6 +67,7 @@ impl Default for Settings {
             rate: 0.01,
             decay: 5e-4,
             clip: 1.0,
+            warm: 20,
             dropout: 0.1,
             shard: 25,
             margin: 1.5,
@@ -85,6 +88,7 @@ impl Settings {
                 rule: Rule::AdamW { betas: (0.9, 0.999) },
                 rate: 5e-3,
                 decay: 1e-4,
+                warm: 0,
                 shard: 256,
                 ..Settings::default()
             },
@@ -479,8 +483,37 @@ impl<'a> Run<'a> {
             && let Some((done, tensors)) = checkpoint::read(dir, &run.done)?
         {
             run.resume(done, &tensors)?;
+        } else {
+            run.warm_up()?;
         }
         Ok(run)
+    }
+
+    /// Fits the head to what the rest of the untrained model gives it.
+    fn warm_up(&mut self) -> Result<()> {
+        let (task, settings) = (self.task, self.task.settings);
+        let from_pixels = task.backbone.is_none();
+        if settings.warm == 0 || from_pixels {
+            return Ok(());
+        }
+        let model = &self.model;
+        let initial = |name: &str, dims: &[usize]| -> veiltune_engine::Result<Tensor> {
+            match (model.vars.get(name), model.constants.get(name)) {
+                (Some(var), _) if var.dims() == dims => Ok(var.as_tensor().clone()),
+                (_, Some(constant)) => Ok(constant.clone()),
+                _ => Err(veiltune_engine::Error::program("training", "no such parameter")),
+            }
+        };
+        let features = warm::features(task.method, initial, task.train, &self.reads, self.workers)?;
+        let seed = seed_of(settings.seed, [0, u64::MAX]);
+        let classes = task.method.labels().len();
+        let fitted = warm::head(&features, task.train, classes, settings.warm, seed, self.workers)?;
+        for (name, value) in warm::HEAD.iter().zip(&fitted) {
+            if let Some(var) = self.model.vars.get(name) {
+                var.set(value)?;
+            }
+        }
+        Ok(())
     }
 
     fn resume(&mut self, done: Checkpoint, tensors: &Tensors) -> Result<()> {
@@ -754,6 +787,7 @@ mod tests {
 
     fn settings() -> Settings {
         Settings {
+            warm: 0,
             epochs: 24,
             batch: 12,
             rate: 0.05,
@@ -834,6 +868,28 @@ mod tests {
         let world = World::new();
         learns(world.owc(2, NormChoice::Layer), &settings(), 0.9);
         learns(world.owc(1, NormChoice::Batch), &settings(), 0.9);
+    }
+
+    #[test]
+    fn training_starts_at_a_linear_probe() {
+        let world = World::new();
+        for method in [
+            world.owc(1, NormChoice::Layer),
+            world.owc(2, NormChoice::Batch),
+            world.encoder(Tuning::LastLayers, 1),
+        ] {
+            let states = world.states(&method);
+            let [cold, warm] = [0, 60].map(|warm| {
+                let settings = Settings {
+                    warm,
+                    epochs: 1,
+                    rate: 1e-6,
+                    ..settings()
+                };
+                run(&world.task(&method, &states, &settings)).report.curve[0].train_loss
+            });
+            assert!(warm < 0.75 * cold, "{}: {cold} {warm}", method.peft_type());
+        }
     }
 
     #[test]

@@ -125,6 +125,17 @@ impl Method {
         }
     }
 
+    /// The same with other classes.
+    pub fn with_labels(&self, labels: Vec<String>) -> Method {
+        let mut method = self.clone();
+        match &mut method {
+            Method::Owc(c) => c.labels = labels,
+            Method::Head(c) => c.labels = labels,
+            Method::Encoder(c) => c.labels = labels,
+        }
+        method
+    }
+
     /// Width of the states that it reads.
     pub fn hidden_size(&self) -> usize {
         match self {
