@@ -1,7 +1,7 @@
 //! Training the private part of any method on a frozen backbone's hidden states.
 //!
-//! The forward pass is the one that is later planned, dealt and served. Epoch e reads view e modulo the number of views, so
-//! that with V views every picture is seen in each of them in turn, first as in testing.
+//! The forward pass is the one that is later planned, dealt and served. With V views every picture is seen in each of them in
+//! turn, epoch by epoch, in the last one as in testing: what batch norms average then is what they will meet.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -571,7 +571,7 @@ impl<'a> Run<'a> {
                 .iter()
                 .map(|(_, which)| which.len() as f32 / batch.len() as f32)
                 .collect();
-            let (step, view) = (self.step as u64, epoch % states.views());
+            let (step, view) = (self.step as u64, (settings.epochs - 1 - epoch) % states.views());
             let (model, reads) = (&self.model, &self.reads);
             let pass = |(i, which): &(usize, &[usize])| -> Result<(Tensor, Pass)> {
                 let seed = seed_of(settings.seed, [1 + step, *i as u64]);

@@ -81,7 +81,7 @@ impl Source for Shelf {
 }
 
 /// Material of more bytes than this goes through files: it would not fit in memory twice.
-const IN_MEMORY: u64 = 1 << 30;
+const IN_MEMORY: u64 = 4 << 30;
 /// Gates that the preparation of such material then runs ahead, in the time of the online phase.
 const AHEAD: usize = 8;
 
