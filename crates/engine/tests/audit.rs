@@ -119,6 +119,7 @@ fn jobs() -> Vec<Job> {
         Verb::Activation(Activation::Gelu, Range::Within(6.4)),
         Verb::Activation(Activation::Tanh, Range::Guarded(6.0)),
         Verb::Softmax,
+        Verb::WideSoftmax,
         Verb::Normalize(NormKind::Layer),
         Verb::NormalizeOfSquare(NormKind::Layer),
         Verb::ReluOfFineSquare,

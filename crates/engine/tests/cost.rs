@@ -212,6 +212,29 @@ fn normalisations() {
             32 * N + 31 * 128 * ROWS + 16 * 16 * N + both + second,
         ],
     );
+    // Wide scores: before that a maximum in buckets of 8 (24 bits) and a ReLU of either kind; then scores up to 16 in buckets of 2
+    // (22 bits), with 20 harmonics.
+    let (online, both, second) = inverse(27, 26);
+    let maximum = |bits: u64| bits * N / 8 + 31 * ROWS;
+    for (comparison, rounds, relu, dealt) in [
+        (Comparison::Fss, 2, 8 * N + BIT, [352 * N, (352 + 16) * N]),
+        (
+            Comparison::MaskedBits,
+            5,
+            8 * N + (9 + 5 + 2) * BIT + BIT,
+            [0, 7 * 15 * BIT + (6 + 3 + 1) * BIT + 16 * N],
+        ),
+    ] {
+        costs(
+            Job::new(Verb::WideSoftmax).by(comparison),
+            2 + rounds + 5,
+            [maximum(24) + relu + maximum(22) + 22 * N / 8 + 8 * N + online; 2],
+            [
+                2 * 31 * 128 * ROWS + dealt[0] + both,
+                2 * (32 * N + 31 * 128 * ROWS) + dealt[1] + 20 * 16 * N + both + second,
+            ],
+        );
+    }
 }
 
 #[test]

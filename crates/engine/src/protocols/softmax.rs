@@ -8,15 +8,17 @@
 //!    openings. The result has 60 fractional bits; the next verb truncates.
 //!
 //! Scores of a wider range (bound above 24, at most 248) are first brought into it: less another coarse maximum, those more
-//! than 16 and a bucket below it are raised to there by a [comparison](super::compare) (with the truncation to 16 bits 5
-//! rounds more, 8 with masked bits).
+//! than 16 and a bucket below it are raised to there by a [comparison](super::compare) (4 rounds more, 7
+//! with masked bits, and one for scores of more than 16 fractional bits; each way about 11 bytes an element more, 13 with masked
+//! bits, and 31 a row; dealer what the comparison and a second coarse maximum take).
 //!
 //! 5 rounds, where published protocols take 41 to 116. Each way 13.4 bytes an element (8 of them for opening p) if s has
 //! 16 fractional bits and bound is 15, and 47 a row (rows of up to 255). Dealer: to the second party 32 bytes an element
 //! for the buckets, 16 an element and harmonic (16 harmonics for bound 15), 11 for the product; to both some 5 KB a row.
 //!
 //! Error at most 1e-3 for rows of up to 300 entries (the conformance suite), on average below 1e-5. A row's sum adds up the errors
-//! of its small terms, each at most 1e-6: for rows of n entries in the thousands allow up to 3e-6 n.
+//! of its small terms, each at most 1e-6: for rows of n entries in the thousands allow up to 3e-6 n. With a bound above 24 the raised scores are equal, and so are their errors: 1e-3
+//! + 1e-5 n is tested.
 
 use crate::backend::SoftmaxSpec;
 use crate::gates::{Gates, Local, Product, SCALE};
