@@ -56,9 +56,10 @@ enum Command {
     /// private label beside the one that ordinary floating point gives, then what it cost. Fails if the run took another
     /// number of rounds or bytes than was predicted for it.
     Demo(demo::DemoArgs),
-    /// Write the dealer's material to files, for a later `demo --material`
+    /// Write the dealer's material to files, for a later `demo`, `serve` or `classify` with `--material`
     ///
-    /// Material depends on the adapter's public configuration and the number of images alone, so it can be made long before.
+    /// Material depends on the adapter's public configuration, the number of images, how they are batched and how numbers are
+    /// compared, so it can be made long before.
     /// Each file goes to its own party, in secret: whoever holds both can see everything. A run removes what it uses.
     Deal(deal::DealArgs),
     /// Train an adapter on labelled pictures, in the clear
@@ -94,7 +95,7 @@ enum Command {
     ///
     /// The backbone runs here, in the clear. Only this machine learns the labels.
     Classify(commands::ClassifyArgs),
-    /// Measure single operations of the protocols
+    /// Measure single operations of the protocols, or whole adapters
     #[command(subcommand)]
     Bench(Bench),
     /// Play one role of a run that another process has set up; ends when standard input does

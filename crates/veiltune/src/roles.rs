@@ -275,7 +275,6 @@ pub fn provider(c: &Config<ProviderConfig>, tell: Tell, open: &Open) -> Result<(
         let session = Session::new(&station, Role::Provider, id, request, &served)?;
         session.guard(|| {
             session.greet(Role::Client, &client)?;
-            budget.spend(client.peer().as_str(), request.batches.images)?;
             let dealer = match &own.material {
                 Material::Dealer(address) => {
                     let dealer = station.call(Role::Dealer, address)?;
@@ -285,6 +284,8 @@ pub fn provider(c: &Config<ProviderConfig>, tell: Tell, open: &Open) -> Result<(
                 }
                 Material::File(_) => None,
             };
+            // Before anything is revealed, but not for a session that the dealer has refused.
+            budget.spend(client.peer().as_str(), request.batches.images)?;
             client.send(READY.to_vec())?;
             dealer
                 .iter()

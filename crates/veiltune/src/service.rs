@@ -105,7 +105,8 @@ pub fn serve(
     join: Option<Play>,
 ) -> Result<()> {
     let active = AtomicUsize::new(0);
-    let failures = Mutex::new(Vec::new());
+    // How many sessions failed, and how the last did: a service may run for long.
+    let failures = Mutex::new((0, None));
     let only = limits.sessions == Some(NonZeroUsize::MIN);
     let mut begun = 0;
     thread::scope(|scope| {
@@ -144,15 +145,15 @@ pub fn serve(
                             if !only {
                                 tracing::warn!("a session with {from} failed: {e}");
                             }
-                            failures.lock().unwrap_or_else(PoisonError::into_inner).push(e);
+                            let mut failures = failures.lock().unwrap_or_else(PoisonError::into_inner);
+                            *failures = (failures.0 + 1, Some(e));
                         }
                     });
                 }
             }
         }
     });
-    let mut failures = failures.into_inner().unwrap_or_else(PoisonError::into_inner);
-    match (failures.len(), failures.pop()) {
+    match failures.into_inner().unwrap_or_else(PoisonError::into_inner) {
         (_, None) => Ok(()),
         (_, Some(e)) if only => Err(e),
         (failed, Some(_)) => Err(Error::Sessions { failed, of: begun }),
