@@ -138,7 +138,7 @@ pub trait Backend {
 
     /// Brings an input into the program. `values` is given where the owner is (and everywhere for
     /// [`Owner::Public`]); elsewhere the shape alone. An [`Owner::Shared`] input has values in the clear interpreters
-    /// only; the parties take the next of the shares that they were given by its outside owner.
+    /// only; the parties take the next share that its owner [outside](crate::Outside) gives them.
     fn input(&self, owner: Owner, dims: &[usize], values: Option<&[f32]>) -> Result<Self::Tensor>;
 
     /// Brings a parameter into the session; as [`Backend::input`].
@@ -210,6 +210,9 @@ pub trait Backend {
     /// The only way to a plain value: `to` learns x rounded to the output precision, nobody else learns anything.
     /// `Some` where this interpreter holds the result.
     fn reveal(&self, x: &Self::Tensor, to: Party) -> Result<Option<Revealed>>;
+    /// The only way to a plain value for the [outside owner](crate::Outside): it learns x rounded to the output precision, the
+    /// parties learn nothing. `Some` in the clear interpreters.
+    fn deliver(&self, x: &Self::Tensor) -> Result<Option<Revealed>>;
 }
 
 /// Turns a name and an expected shape into a `B::Weight`.

@@ -82,6 +82,17 @@ impl Memory {
     }
 }
 
+/// Bytes between each party and the outside owners; one of a pair of shares may be expanded from a seed instead of sent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct OutsideBytes {
+    /// Shares of parameters, once a session.
+    pub parameters: u64,
+    /// Shares of inputs.
+    pub inputs: u64,
+    /// Shares of outputs.
+    pub outputs: u64,
+}
+
 /// A running count.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Tally {
@@ -89,6 +100,8 @@ pub struct Tally {
     pub setup_bytes: [u64; 2],
     /// What the session holds at once.
     pub memory: Memory,
+    /// Between each party and the outside owners.
+    pub outside: OutsideBytes,
     operations: BTreeMap<Operation, Cost>,
     layers: Vec<(String, Cost)>,
     /// The layer that is being counted; None before the first.

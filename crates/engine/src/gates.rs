@@ -227,6 +227,8 @@ pub trait Gates {
     fn lookup(&self, x: &Self::T, bits: u32, tables: &[Arc<Vec<u64>>], scale: u32) -> Result<Vec<Self::T>>;
     /// Sends x to `to`.
     fn reveal_to(&self, x: &Self::T, to: Party) -> Result<Option<Revealed>>;
+    /// Hands x to the outside owner.
+    fn hand_over(&self, x: &Self::T) -> Result<Option<Revealed>>;
 }
 
 /// Owner of a value computed from values of `a` and `b`.

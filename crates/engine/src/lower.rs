@@ -196,6 +196,15 @@ impl<G: Gates> Backend for G {
             self.reveal_to(x, to)
         }
     }
+
+    fn deliver(&self, x: &G::T) -> Result<Option<Revealed>> {
+        let scale = self.meta(x).scale;
+        if scale > SCALE {
+            self.hand_over(&self.truncate(&[(x, scale - SCALE)], true)?.remove(0))
+        } else {
+            self.hand_over(x)
+        }
+    }
 }
 
 /// The last dimension, over which rows run.

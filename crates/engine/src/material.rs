@@ -23,6 +23,11 @@ pub trait Sink: Send {
     fn put(&mut self, bytes: &[u8]) -> Result<()>;
     /// Everything was put.
     fn finish(&mut self) -> Result<()>;
+
+    /// Whether the party wants another pass: a party on a link says so before each pass of a paced program.
+    fn wanted(&mut self) -> Result<bool> {
+        Ok(true)
+    }
 }
 
 /// Where a party takes its material from.
@@ -33,6 +38,11 @@ pub trait Source: Send {
     /// Which deal it is of, where that is not plain from where it comes: the parties compare.
     fn deal(&self) -> DealId {
         DealId::default()
+    }
+
+    /// Tells a dealer on a link whether there is another pass of a paced program.
+    fn want(&mut self, _more: bool) -> Result<()> {
+        Ok(())
     }
 }
 
@@ -77,6 +87,12 @@ impl Sink for LinkSink {
         Ok(())
     }
 
+    fn wanted(&mut self) -> Result<bool> {
+        let mut more = [0];
+        self.link.recv(&mut more)?;
+        Ok(more != [0])
+    }
+
     fn finish(&mut self) -> Result<()> {
         match self.link.flush() {
             // A party that has taken all it needs may be done, and gone, before the dealer is. If it went too early,
@@ -96,6 +112,10 @@ impl Source for LinkSource {
             self.0.recv(piece)?;
         }
         Ok(())
+    }
+
+    fn want(&mut self, more: bool) -> Result<()> {
+        Ok(self.0.send(vec![u8::from(more)])?)
     }
 }
 

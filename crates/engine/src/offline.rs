@@ -29,7 +29,7 @@ use crate::protocols::{
     truncate::Mode,
 };
 use crate::series::Series;
-use crate::{Owner, Party, Result, Revealed};
+use crate::{Error, Owner, Party, Result, Revealed};
 
 /// See the module.
 pub struct Offline {
@@ -128,6 +128,8 @@ struct MaskCell {
     opening: Opening,
     /// Mask of party i where this role knows it and it is not trivial.
     mask: [Option<Ring>; 2],
+    /// Of a parameter: its masks are expanded anew wherever they are wanted, because models are large.
+    redrawn: bool,
     /// At a party, for a session-long parameter: the masked value.
     masked: Option<Ring>,
     is_parameter: bool,
@@ -256,6 +258,7 @@ impl Offline {
         let cell = MaskCell {
             opening: Opening::new(meta.owner),
             mask: [None, None],
+            redrawn: false,
             masked: None,
             is_parameter: false,
             carried: None,
@@ -302,17 +305,29 @@ impl Offline {
 
     /// Mask of `x` held by party `i`, at a role that knows it (None also if the party holds nothing).
     pub(crate) fn mask_of(&self, x: &OffTensor, i: usize) -> Option<Ring> {
-        x.0.cell.borrow().mask[i].clone()
+        let cell = x.0.cell.borrow();
+        match cell.opening.id {
+            Some(id) if cell.redrawn => self.draw(id, &x.0.meta, i),
+            _ => cell.mask[i].clone(),
+        }
     }
 
     /// The dealer's view of the whole mask r0 + r1.
     pub(crate) fn mask(&self, x: &OffTensor) -> Result<Ring> {
-        let cell = x.0.cell.borrow();
-        Ok(match &cell.mask {
-            [Some(a), Some(b)] => a.add(b)?,
-            [Some(a), None] | [None, Some(a)] => a.clone(),
+        Ok(match [0, 1].map(|i| self.mask_of(x, i)) {
+            [Some(mut a), Some(b)] => {
+                a.add_assign(&b)?;
+                a
+            }
+            [Some(a), None] | [None, Some(a)] => a,
             [None, None] => Ring::zeros(x.0.meta.dims.clone()),
         })
+    }
+
+    /// The mask of party `i` under `id`, where it holds one and this role knows it.
+    fn draw(&self, id: GateId, meta: &Meta, i: usize) -> Option<Ring> {
+        let seed = holds(meta.owner, i).then(|| self.seed_of(i)).flatten()?;
+        Some(Prg::new(seed, id, 0).ring(meta.dims.clone()))
     }
 
     /// The masked value of a session-long parameter, at a party that knows it.
@@ -367,13 +382,7 @@ impl Offline {
         if first {
             let id = cell.opening.id.expect("set by request");
             self.claim((id, 0));
-            for i in 0..2 {
-                if holds(x.0.meta.owner, i) {
-                    cell.mask[i] = self
-                        .seed_of(i)
-                        .map(|s| Prg::new(s, id, 0).ring(x.0.meta.dims.clone()));
-                }
-            }
+            cell.mask = [0, 1].map(|i| self.draw(id, &x.0.meta, i));
         }
         sends
     }
@@ -389,6 +398,34 @@ impl Offline {
     /// One round in which party i sends `bytes[i]`; none if nothing is sent.
     pub(crate) fn exchanged(&self, operation: Operation, bytes: [u64; 2]) {
         self.tally.borrow_mut().exchanged(operation, bytes);
+    }
+
+    /// Bytes that each party hands to the outside owner.
+    pub(crate) fn delivered(&self, bytes: u64) {
+        self.tally.borrow_mut().outside.outputs += bytes;
+    }
+
+    /// Before each pass of a paced program, at the dealer: whether the parties want it.
+    pub(crate) fn wanted(&self) -> Result<bool> {
+        let Role::Dealer { sinks, .. } = &self.role else {
+            return Ok(true);
+        };
+        let mut sinks = sinks.borrow_mut();
+        match [sinks[0].wanted()?, sinks[1].wanted()?] {
+            [a, b] if a == b => Ok(a),
+            _ => Err(Error::program(
+                "pass",
+                "one party wants another pass, the other does not",
+            )),
+        }
+    }
+
+    /// Before each pass of a paced program, at a party: tells the dealer whether it is wanted.
+    pub(crate) fn want(&self, more: bool) -> Result<()> {
+        match &self.role {
+            Role::Party { source, .. } => source.borrow_mut().want(more),
+            _ => Ok(()),
+        }
     }
 
     /// Online multiply-adds of each party.
@@ -600,6 +637,9 @@ impl Gates for Offline {
             owner,
         };
         self.record_meta("input", &meta);
+        if owner == Owner::Shared {
+            self.tally.borrow_mut().outside.inputs += 8 * meta.len() as u64;
+        }
         Ok(self.tensor(meta))
     }
 
@@ -610,17 +650,26 @@ impl Gates for Offline {
             owner,
         };
         self.record_meta("parameter", &meta);
+        if owner == Owner::Shared {
+            self.tally.borrow_mut().outside.parameters += 8 * meta.len() as u64;
+        }
         let x = self.tensor(meta);
         let id = self.next_parameter.get();
         self.next_parameter.set(id + 1);
         if gates::opens_at_setup(owner, dims) {
-            let sends = self.request(&x, BOTH, || id);
+            let mut cell = x.0.cell.borrow_mut();
+            let (sends, _) = cell.opening.request(BOTH, || id);
+            self.claim((id, 0));
             let size = 8 * x.0.meta.len() as u64;
             self.tally
                 .borrow_mut()
                 .setup(sends.map(|s| if s { size } else { 0 }));
-            let mut cell = x.0.cell.borrow_mut();
-            cell.is_parameter = true;
+            // The masked value: in place of a share, beside the values of an owner.
+            self.live.hold(
+                &x.0,
+                [if owner == Owner::Shared { [0; 2] } else { [size; 2] }, [0; 2]],
+            );
+            (cell.redrawn, cell.is_parameter) = (true, true);
             if let Role::Party { parameters, .. } = &self.role {
                 cell.masked = parameters.wait((id - PARAMETER_GATES) as usize)?;
             }
@@ -639,7 +688,7 @@ impl Gates for Offline {
             cell.opening = from.opening.clone();
             cell.is_parameter = from.is_parameter;
             for i in 0..2 {
-                cell.mask[i] = from.mask[i].as_ref().map(|m| map.apply(m)).transpose()?;
+                cell.mask[i] = self.mask_of(x, i).map(|m| map.apply(&m)).transpose()?;
             }
             cell.masked = from.masked.as_ref().map(|m| map.apply(m)).transpose()?;
             let received = [0, 1].map(|i| from.opening.sent[i] && holds(x.0.meta.owner, i));
@@ -669,7 +718,7 @@ impl Gates for Offline {
         if from.opening.is_full() {
             let mut cell = out.0.cell.borrow_mut();
             cell.opening = from.opening.clone();
-            cell.mask = from.mask.clone();
+            cell.mask = [0, 1].map(|i| self.mask_of(x, i));
         }
         drop(from);
         Ok(out)
@@ -734,5 +783,10 @@ impl Gates for Offline {
 
     fn reveal_to(&self, x: &OffTensor, to: Party) -> Result<Option<Revealed>> {
         protocols::reveal::offline(self, x, to)
+    }
+
+    fn hand_over(&self, x: &OffTensor) -> Result<Option<Revealed>> {
+        protocols::deliver::offline(self, x)?;
+        Ok(None)
     }
 }

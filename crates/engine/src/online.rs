@@ -1,7 +1,6 @@
 //! The online walk of one compute party.
 
 use std::cell::{Cell, OnceCell, RefCell};
-use std::collections::VecDeque;
 use std::rc::Rc;
 use std::sync::{Arc, mpsc};
 
@@ -13,6 +12,7 @@ use crate::gates::{self, Gates, Local, Meta, Product, SCALE};
 use crate::material::{Material, ParameterStore};
 use crate::offline::low_bits;
 use crate::opening::{BOTH, GateId, Learners, Opening, PARAMETER_GATES, holds};
+use crate::outside::Outside;
 use crate::protocols::{
     self,
     carried::{self, Carried},
@@ -37,7 +37,7 @@ pub struct Online {
     parameters: Arc<ParameterStore>,
     next_gate: Cell<GateId>,
     next_parameter: Cell<GateId>,
-    shares: RefCell<VecDeque<Ring>>,
+    outside: RefCell<Box<dyn Outside>>,
 }
 
 /// A party's part of a tensor. Its `Debug` shows the shape alone.
@@ -46,7 +46,8 @@ pub struct Share(Rc<Inner>);
 
 struct Inner {
     meta: Meta,
-    /// This party's additive share; None is zero. For a public tensor, the value itself, at both parties.
+    /// This party's additive share; None is zero. For a public tensor, the value itself, at both parties. Not of a shared
+    /// parameter, which is kept as its masked value alone; [`Online::own`] gives it in either case.
     share: Option<Ring>,
     cell: RefCell<OpenCell>,
 }
@@ -55,6 +56,8 @@ struct OpenCell {
     opening: Opening,
     /// This party's mask; None is zero.
     mask: Option<Ring>,
+    /// Of a parameter: its mask is expanded anew wherever it is wanted, because models are large.
+    redrawn: bool,
     /// The peer's piece, once received; None is zero once `opening.sent` says it was sent.
     peer: Option<Ring>,
     masked: OnceCell<Ring>,
@@ -81,7 +84,7 @@ impl Online {
         link: Arc<dyn Link>,
         material: mpsc::Receiver<Material>,
         parameters: Arc<ParameterStore>,
-        shares: VecDeque<Ring>,
+        outside: Box<dyn Outside>,
     ) -> Online {
         Online {
             party,
@@ -92,7 +95,7 @@ impl Online {
             parameters,
             next_gate: Cell::new(0),
             next_parameter: Cell::new(PARAMETER_GATES),
-            shares: RefCell::new(shares),
+            outside: RefCell::new(outside),
         }
     }
 
@@ -134,6 +137,7 @@ impl Online {
         let cell = OpenCell {
             opening: Opening::new(meta.owner),
             mask: None,
+            redrawn: false,
             peer: None,
             masked: OnceCell::new(),
             is_parameter: false,
@@ -163,7 +167,20 @@ impl Online {
         if x.0.meta.owner == Owner::Public && !self.is_first() {
             None
         } else {
-            x.0.share.clone()
+            self.own(x)
+        }
+    }
+
+    /// What this party holds of `x`: its share or, of a public tensor, the value.
+    fn own(&self, x: &Share) -> Option<Ring> {
+        if x.0.meta.owner != Owner::Shared || !x.0.cell.borrow().redrawn {
+            return x.0.share.clone();
+        }
+        let mask = self.mask(x)?;
+        let cell = x.0.cell.borrow();
+        match (self.is_first(), cell.masked.get()) {
+            (true, Some(masked)) => masked.sub(&mask).ok(),
+            _ => Some(mask.neg()),
         }
     }
 
@@ -184,12 +201,31 @@ impl Online {
 
     /// This party's mask of `x`; None is zero.
     pub(crate) fn mask(&self, x: &Share) -> Option<Ring> {
-        x.0.cell.borrow().mask.clone()
+        let cell = x.0.cell.borrow();
+        match cell.opening.id {
+            Some(id) if cell.redrawn => {
+                holds(x.0.meta.owner, self.party.index()).then(|| self.draw(id, &x.0.meta))
+            }
+            _ => cell.mask.clone(),
+        }
+    }
+
+    fn draw(&self, id: GateId, meta: &Meta) -> Ring {
+        Prg::new(&self.seed, id, 0).ring(meta.dims.clone())
     }
 
     /// The peer's piece x_j + r_j, where it was received.
     pub(crate) fn peer_piece(&self, x: &Share) -> Option<Ring> {
-        x.0.cell.borrow().peer.clone()
+        let cell = x.0.cell.borrow();
+        if !cell.redrawn {
+            return cell.peer.clone();
+        }
+        match x.0.meta.owner {
+            Owner::Party(p) if p == self.party => None,
+            // The masked value of a parameter counts as the first party's piece.
+            Owner::Shared if self.is_first() => Some(Ring::zeros(x.0.meta.dims.clone())),
+            _ => cell.masked.get().cloned(),
+        }
     }
 
     /// The opened masked value x + r.
@@ -246,7 +282,7 @@ impl Online {
         let (sends, first) = cell.opening.request(learners, fresh);
         if first && holds(x.0.meta.owner, self.party.index()) {
             let id = cell.opening.id.expect("set by request");
-            cell.mask = Some(Prg::new(&self.seed, id, 0).ring(x.0.meta.dims.clone()));
+            cell.mask = Some(self.draw(id, &x.0.meta));
         }
         sends
     }
@@ -321,6 +357,16 @@ impl Online {
         Ok(out)
     }
 
+    /// This party's share of a delivered output goes out.
+    pub(crate) fn hand_out(&self, share: Ring) -> Result<()> {
+        self.outside.borrow_mut().output(share)
+    }
+
+    /// Whether the outside owner wants the pass of this number.
+    pub(crate) fn more(&self, pass: usize) -> Result<bool> {
+        self.outside.borrow_mut().more(pass)
+    }
+
     /// This party's part of a small mask; see [`Offline::small_mask`](crate::offline::Offline::small_mask).
     pub(crate) fn small_mask(&self, gate: GateId, slot: u16, n: usize, bits: u32) -> Vec<u64> {
         Prg::new(&self.seed, gate, slot).bits(n, bits)
@@ -329,6 +375,22 @@ impl Online {
     /// This party's part of a mask of bits; see [`Offline::bit_mask`](crate::offline::Offline::bit_mask).
     pub(crate) fn bit_mask(&self, gate: GateId, slot: u16, words: usize) -> Vec<u64> {
         Prg::new(&self.seed, gate, slot).vec(words)
+    }
+
+    /// A parameter that was opened at set-up, without what can be had again.
+    fn opened_parameter(&self, x: &Share, masked: Ring) -> Share {
+        let share = match x.0.meta.owner {
+            Owner::Shared => None,
+            _ => x.0.share.clone(),
+        };
+        let out = self.tensor(x.0.meta.clone(), share);
+        {
+            let mut cell = out.0.cell.borrow_mut();
+            cell.opening = x.0.cell.borrow().opening.clone();
+            (cell.redrawn, cell.is_parameter) = (true, true);
+            cell.masked = OnceCell::from(masked);
+        }
+        out
     }
 
     fn fresh(&self) -> GateId {
@@ -377,15 +439,7 @@ impl Gates for Online {
             Owner::Public => true,
             Owner::Party(p) => p == self.party,
             Owner::Shared => {
-                let share = self.shares.borrow_mut().pop_front();
-                let share =
-                    share.ok_or_else(|| Error::program("input", "no share was given for a shared input"))?;
-                if share.dims() != dims {
-                    return Err(Error::program(
-                        "input",
-                        format!("a share of {:?} for shape {dims:?}", share.dims()),
-                    ));
-                }
+                let share = self.outside.borrow_mut().input(dims)?;
                 return Ok(self.tensor(meta, Some(share)));
             }
         };
@@ -398,7 +452,18 @@ impl Gates for Online {
     }
 
     fn parameter(&self, owner: Owner, dims: &[usize], values: Option<&[f32]>) -> Result<Share> {
-        let x = self.enter(owner, dims, values)?;
+        let x = match owner {
+            Owner::Shared => {
+                let share = self.outside.borrow_mut().parameter(dims)?;
+                let meta = Meta {
+                    dims: dims.to_vec(),
+                    scale: SCALE,
+                    owner,
+                };
+                self.tensor(meta, Some(share))
+            }
+            _ => self.enter(owner, dims, values)?,
+        };
         let id = self.next_parameter.get();
         self.next_parameter.set(id + 1);
         if gates::opens_at_setup(owner, dims) {
@@ -410,23 +475,24 @@ impl Gates for Online {
             if sends[1 - me] {
                 self.receive_piece(&x)?;
             }
-            x.0.cell.borrow_mut().is_parameter = true;
-            self.parameters.push(Some(self.masked(&x)?));
+            let masked = self.masked(&x)?;
+            self.parameters.push(Some(masked.clone()));
+            Ok(self.opened_parameter(&x, masked))
         } else {
             self.parameters.push(None);
+            Ok(x)
         }
-        Ok(x)
     }
 
     fn local(&self, x: &Share, map: &Local) -> Result<Share> {
         let apply = |r: &Option<Ring>| r.as_ref().map(|r| map.apply(r)).transpose();
-        let out = self.tensor(map.meta(&x.0.meta)?, apply(&x.0.share)?);
+        let out = self.tensor(map.meta(&x.0.meta)?, apply(&self.own(x))?);
         let from = x.0.cell.borrow();
         if from.opening.id.is_some() {
             let mut cell = out.0.cell.borrow_mut();
             cell.opening = from.opening.clone();
             cell.is_parameter = from.is_parameter;
-            cell.mask = apply(&from.mask)?;
+            cell.mask = apply(&self.mask(x))?;
             cell.peer = apply(&from.peer)?;
             if let Some(m) = from.masked.get() {
                 cell.masked = OnceCell::from(map.apply(m)?);
@@ -479,13 +545,12 @@ impl Gates for Online {
         };
         let share = if adds {
             Some(
-                x.0.share
-                    .clone()
+                self.own(x)
                     .unwrap_or_else(|| Ring::zeros(x.0.meta.dims.clone()))
                     .add_scalar(c),
             )
         } else {
-            x.0.share.clone()
+            self.own(x)
         };
         let out = self.tensor(x.0.meta.clone(), share);
         let from = x.0.cell.borrow();
@@ -493,7 +558,7 @@ impl Gates for Online {
             let masked = self.masked(x)?.add_scalar(c);
             let mut cell = out.0.cell.borrow_mut();
             cell.opening = from.opening.clone();
-            cell.mask = from.mask.clone();
+            cell.mask = self.mask(x);
             cell.masked = OnceCell::from(masked);
             // The peer's piece moved only if the peer is the one that adds; products across owners need it.
             cell.peer = match (&from.peer, adds) {
@@ -556,5 +621,10 @@ impl Gates for Online {
 
     fn reveal_to(&self, x: &Share, to: Party) -> Result<Option<Revealed>> {
         protocols::reveal::online(self, x, to)
+    }
+
+    fn hand_over(&self, x: &Share) -> Result<Option<Revealed>> {
+        protocols::deliver::online(self, x)?;
+        Ok(None)
     }
 }

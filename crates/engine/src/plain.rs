@@ -355,6 +355,10 @@ impl Backend for Plain {
         Ok(())
     }
 
+    fn deliver(&self, x: &Tensor) -> Result<Option<Revealed>> {
+        self.reveal(x, Party::P0)
+    }
+
     fn reveal(&self, x: &Tensor, _: Party) -> Result<Option<Revealed>> {
         let values = floats("reveal", x)?.into_iter().map(f64::from).collect();
         Ok(Some(Revealed {

@@ -34,7 +34,7 @@ fn debug_shows_no_values() {
         Arc::new(link),
         material,
         Arc::new(ParameterStore::default()),
-        shares,
+        Box::new(shares),
     );
     let own = online
         .enter(Owner::Party(Party::P0), &[2, 3], Some(&[777.5; 6]))

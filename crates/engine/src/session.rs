@@ -14,7 +14,7 @@ use crate::material::{DealId, LinkSink, LinkSource, ParameterStore, Queue, Sink,
 use crate::offline::Offline;
 use crate::online::Online;
 use crate::protocols::compare::Comparison;
-use crate::{Backend, Error, Party, Result, Revealed};
+use crate::{Backend, Error, Outside, Party, Result, Revealed};
 
 /// What is run: parameters once, then any number of forward passes.
 ///
@@ -30,6 +30,12 @@ pub trait Program: Sync {
     /// How the program compares: the same at every role.
     fn comparison(&self) -> Comparison {
         Comparison::Fss
+    }
+
+    /// Whether the outside owner is asked before each pass if there is to be another; the dealer on a link hears of it from the
+    /// parties. The same at every role.
+    fn paced(&self) -> bool {
+        false
     }
 
     /// Pass number `index`; the revealed output where this role learns it.
@@ -57,7 +63,7 @@ pub fn plan<P: Program>(program: &P, passes: usize) -> Result<Plan> {
 
 fn plan_with<P: Program>(program: &P, passes: usize, comparison: Comparison) -> Result<Plan> {
     let walk = Offline::count(comparison);
-    walk_all(program, &walk, passes, |_| Ok(()))?;
+    walk_all(program, &walk, passes, |_| Ok(true), |_| Ok(()))?;
     let mut tally = walk.tally().clone();
     tally.memory = walk.memory();
     Ok(Plan {
@@ -96,7 +102,11 @@ pub fn deal<P: Program>(
     progress: impl FnMut(usize) -> Result<()>,
 ) -> Result<()> {
     let walk = Offline::dealer(program.comparison(), seeds, sinks);
-    walk_all(program, &walk, passes, progress)?;
+    let wanted = |_| match program.paced() {
+        true => walk.wanted(),
+        false => Ok(true),
+    };
+    walk_all(program, &walk, passes, wanted, progress)?;
     walk.finish()
 }
 
@@ -104,10 +114,14 @@ fn walk_all<P: Program>(
     program: &P,
     walk: &Offline,
     passes: usize,
+    mut wanted: impl FnMut(usize) -> Result<bool>,
     mut progress: impl FnMut(usize) -> Result<()>,
 ) -> Result<()> {
     let model = program.load(walk)?;
     for index in 0..passes {
+        if !wanted(index)? {
+            break;
+        }
         program.forward(walk, &model, index)?;
         progress(index + 1)?;
     }
@@ -143,8 +157,8 @@ pub struct PartySession {
     /// How many gates the preparation may run ahead of the online phase, which bounds memory; None: the whole offline
     /// phase comes first.
     pub ahead: Option<usize>,
-    /// This party's shares of the inputs and parameters of [`Owner::Shared`](crate::Owner::Shared), in program order.
-    pub shares: VecDeque<Ring>,
+    /// Where inputs and parameters of [`Owner::Shared`](crate::Owner::Shared) come from, and delivered outputs go.
+    pub outside: Box<dyn Outside>,
 }
 
 /// Splits values into additive shares, as an outside owner does before it hands one to each party. [`SCALE`](crate::gates::SCALE)
@@ -193,7 +207,7 @@ impl PartySession {
             peer,
             material,
             ahead,
-            shares,
+            outside,
         } = self;
         let (dealer, seed, source): (Option<Arc<dyn Link>>, Seed, Box<dyn Source>) = match material {
             MaterialFrom::Source(source, seed) => (None, seed, source),
@@ -215,6 +229,7 @@ impl PartySession {
         let (queue, receiver) = Queue::new(ahead);
         let parameters = Arc::new(ParameterStore::default());
         let (done_tx, done_rx) = mpsc::channel();
+        let (pace_tx, pace_rx) = mpsc::channel();
         let failure = Failure {
             first: Mutex::new(None),
             links: [Some(peer.clone()), dealer.clone()],
@@ -226,7 +241,15 @@ impl PartySession {
             let failure = &failure;
             scope.spawn(move || {
                 let walk = Offline::party(program.comparison(), party, seed_offline, source, queue, store);
-                match walk_all(program, &walk, passes, |_| Ok(())) {
+                let wanted = |_| {
+                    if !program.paced() {
+                        return Ok(true);
+                    }
+                    let more = pace_rx.recv().map_err(|_| Error::Stopped("the online phase"))?;
+                    walk.want(more)?;
+                    Ok(more)
+                };
+                match walk_all(program, &walk, passes, wanted, |_| Ok(())) {
                     Ok(()) => _ = done_tx.send(()),
                     Err(e) => failure.record(e),
                 }
@@ -238,7 +261,7 @@ impl PartySession {
                 peer.clone(),
                 receiver,
                 parameters.clone(),
-                shares,
+                outside,
             );
             let mut run = || -> Result<()> {
                 let (start, before) = (Instant::now(), peer.meter());
@@ -247,7 +270,7 @@ impl PartySession {
                 report.setup_meter = peer.meter() - before;
 
                 let start = Instant::now();
-                if ahead.is_none() {
+                if ahead.is_none() && !program.paced() {
                     done_rx.recv().map_err(|_| Error::Stopped("the offline phase"))?;
                 }
                 // Both start the online phase together, with material of the same deal.
@@ -263,6 +286,14 @@ impl PartySession {
 
                 let (start, before) = (Instant::now(), peer.meter());
                 for index in 0..passes {
+                    if program.paced() {
+                        let more = online.more(index)?;
+                        // If the preparation has failed, it says so itself.
+                        let _ = pace_tx.send(more);
+                        if !more {
+                            break;
+                        }
+                    }
                     output(index, program.forward(&online, &model, index)?)?;
                 }
                 report.online = start.elapsed();
@@ -334,7 +365,7 @@ pub fn run_local<P: Program + Send>(
         let ends: [(Arc<dyn Link>, Arc<dyn Link>); 2] =
             [(Arc::new(a), Arc::new(p0)), (Arc::new(b), Arc::new(p1))];
         let mut parties = Vec::new();
-        for ((((party, (peer, dealer)), seed), program), shares) in [Party::P0, Party::P1]
+        for ((((party, (peer, dealer)), seed), program), outside) in [Party::P0, Party::P1]
             .into_iter()
             .zip(ends)
             .zip(seeds)
@@ -349,7 +380,7 @@ pub fn run_local<P: Program + Send>(
                     peer: peer.clone(),
                     material,
                     ahead: None,
-                    shares,
+                    outside: Box::new(outside),
                 };
                 let mut outputs = Vec::new();
                 let mut report = session.run(program, passes, |_, o| {

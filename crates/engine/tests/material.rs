@@ -78,7 +78,7 @@ fn consume(job: &Job, sources: [(FileSource, Seed); 2], passes: usize) -> [Resul
             peer,
             material,
             ahead: None,
-            shares,
+            outside: Box::new(shares),
         };
         move || {
             let mut outputs = Vec::new();

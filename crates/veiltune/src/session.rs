@@ -355,7 +355,7 @@ impl<'a> Session<'a> {
             peer: peer.clone(),
             material: material.from,
             ahead: ahead(&self.plan),
-            shares: VecDeque::new(),
+            outside: Box::new(VecDeque::new()),
         };
         let batches = self.request.batches;
         let classes = program.served.method.labels().len();

@@ -225,7 +225,7 @@ mod tests {
                         link,
                         material,
                         parameters,
-                        VecDeque::new(),
+                        Box::new(VecDeque::new()),
                     ),
                     known,
                 )

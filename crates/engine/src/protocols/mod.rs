@@ -10,6 +10,7 @@ pub mod carried;
 pub mod coarse_max;
 pub mod compare;
 pub mod compare_bits;
+pub mod deliver;
 pub mod inverse;
 pub mod lines;
 pub mod lookup;

@@ -295,7 +295,7 @@ pub fn run<P: Program + Send + 'static>(
             peer,
             material,
             ahead: Some(2),
-            shares,
+            outside: Box::new(shares),
         };
         spawn(Box::new(move || {
             let mut outputs = Vec::new();

@@ -197,7 +197,7 @@ pub fn time<P: Program + Sync>(
                     peer,
                     material,
                     ahead,
-                    shares,
+                    outside: Box::new(shares),
                 };
                 let (mut marks, mut last) = (Vec::with_capacity(passes), None);
                 let report = one_thread()?.install(|| {
