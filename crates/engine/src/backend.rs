@@ -176,6 +176,9 @@ pub trait Backend {
     fn relu(&self, x: &Self::Tensor) -> Result<Self::Tensor>;
     /// A smooth function by its Fourier sum on `range`.
     fn activation(&self, x: &Self::Tensor, f: Activation, range: Range) -> Result<Self::Tensor>;
+    /// sin(2 pi x) and cos(2 pi x), elementwise, exact for every x: angles in turns, because those wrap in fixed point by
+    /// themselves.
+    fn turns(&self, x: &Self::Tensor) -> Result<[Self::Tensor; 2]>;
     /// Softmax over the last dimension.
     fn softmax(&self, x: &Self::Tensor, spec: &SoftmaxSpec) -> Result<Self::Tensor>;
     /// Normalisation over the last dimension, no affine part.

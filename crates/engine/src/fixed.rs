@@ -244,8 +244,8 @@ impl Gates for Fixed {
         carried::fixed_square_sum(self, x)
     }
 
-    fn series(&self, x: &FixedTensor, series: &Arc<Series>) -> Result<FixedTensor> {
-        protocols::trigonometric::fixed(self, x, series)
+    fn series_of(&self, x: &FixedTensor, all: &[Arc<Series>]) -> Result<Vec<FixedTensor>> {
+        protocols::trigonometric::fixed(self, x, all)
     }
 
     fn positive_part(&self, x: &FixedTensor, cut: u32) -> Result<FixedTensor> {

@@ -214,7 +214,11 @@ pub trait Gates {
     /// Sum of squares over the last dimension, kept with length 1. Scales add up.
     fn square_sum(&self, x: &Self::T) -> Result<Self::T>;
     /// A trigonometric series; result at `series.scale()`.
-    fn series(&self, x: &Self::T, series: &Arc<Series>) -> Result<Self::T>;
+    fn series_of(&self, x: &Self::T, all: &[Arc<Series>]) -> Result<Vec<Self::T>>;
+    /// One of them.
+    fn series(&self, x: &Self::T, series: &Arc<Series>) -> Result<Self::T> {
+        Ok(self.series_of(x, std::slice::from_ref(series))?.remove(0))
+    }
     /// max(x, 0) / 2^cut for |x| < 2^[`VALUE_BITS`], the scale reduced by `cut` and rounded as by `truncate`.
     fn positive_part(&self, x: &Self::T, cut: u32) -> Result<Self::T>;
     /// The bit x >= 0 as a number of scale 0, for |x| < 2^[`VALUE_BITS`].

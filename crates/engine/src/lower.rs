@@ -11,6 +11,7 @@
 
 use crate::backend::{Activation, Backend, NormSpec, Owner, Party, Range, Revealed, SoftmaxSpec};
 use crate::gates::{Gates, Local, MAX_SCALE, Product, SCALE};
+use crate::series::Series;
 use crate::protocols::{activation, argmax, carried, inverse, normalize, softmax};
 use crate::{Error, Result};
 
@@ -161,6 +162,13 @@ impl<G: Gates> Backend for G {
 
     fn activation(&self, x: &G::T, f: Activation, range: Range) -> Result<G::T> {
         activation::activation(self, x, f, range)
+    }
+
+    fn turns(&self, x: &G::T) -> Result<[G::T; 2]> {
+        let x = at_most(self, x, activation::MAX_INPUT_SCALE)?;
+        let mut both = self.series_of(&x, &Series::turns())?;
+        let cos = both.remove(1);
+        Ok([both.remove(0), cos])
     }
 
     fn softmax(&self, x: &G::T, spec: &SoftmaxSpec) -> Result<G::T> {

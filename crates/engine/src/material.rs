@@ -24,9 +24,10 @@ pub trait Sink: Send {
     /// Everything was put.
     fn finish(&mut self) -> Result<()>;
 
-    /// Whether the party wants another pass: a party on a link says so before each pass of a paced program.
-    fn wanted(&mut self) -> Result<bool> {
-        Ok(true)
+    /// Which pass of a paced program the party wants next, None: no more. A party on a link says so before each; elsewhere they
+    /// come in order.
+    fn wanted(&mut self, done: usize) -> Result<Option<u8>> {
+        Ok(u8::try_from(done).ok())
     }
 }
 
@@ -40,8 +41,8 @@ pub trait Source: Send {
         DealId::default()
     }
 
-    /// Tells a dealer on a link whether there is another pass of a paced program.
-    fn want(&mut self, _more: bool) -> Result<()> {
+    /// Tells a dealer on a link which pass of a paced program is next.
+    fn want(&mut self, _pass: Option<u8>) -> Result<()> {
         Ok(())
     }
 }
@@ -87,10 +88,10 @@ impl Sink for LinkSink {
         Ok(())
     }
 
-    fn wanted(&mut self) -> Result<bool> {
-        let mut more = [0];
-        self.link.recv(&mut more)?;
-        Ok(more != [0])
+    fn wanted(&mut self, _: usize) -> Result<Option<u8>> {
+        let mut next = [0; 2];
+        self.link.recv(&mut next)?;
+        Ok((next[0] != 0).then_some(next[1]))
     }
 
     fn finish(&mut self) -> Result<()> {
@@ -114,8 +115,8 @@ impl Source for LinkSource {
         Ok(())
     }
 
-    fn want(&mut self, more: bool) -> Result<()> {
-        Ok(self.0.send(vec![u8::from(more)])?)
+    fn want(&mut self, pass: Option<u8>) -> Result<()> {
+        Ok(self.0.send(vec![u8::from(pass.is_some()), pass.unwrap_or(0)])?)
     }
 }
 

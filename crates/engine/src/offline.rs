@@ -405,25 +405,22 @@ impl Offline {
         self.tally.borrow_mut().outside.outputs += bytes;
     }
 
-    /// Before each pass of a paced program, at the dealer: whether the parties want it.
-    pub(crate) fn wanted(&self) -> Result<bool> {
+    /// Before each pass of a paced program, at the dealer: which one the parties want.
+    pub(crate) fn wanted(&self, done: usize) -> Result<Option<u8>> {
         let Role::Dealer { sinks, .. } = &self.role else {
-            return Ok(true);
+            return Ok(u8::try_from(done).ok());
         };
         let mut sinks = sinks.borrow_mut();
-        match [sinks[0].wanted()?, sinks[1].wanted()?] {
+        match [sinks[0].wanted(done)?, sinks[1].wanted(done)?] {
             [a, b] if a == b => Ok(a),
-            _ => Err(Error::program(
-                "pass",
-                "one party wants another pass, the other does not",
-            )),
+            _ => Err(Error::program("pass", "the parties want different passes")),
         }
     }
 
-    /// Before each pass of a paced program, at a party: tells the dealer whether it is wanted.
-    pub(crate) fn want(&self, more: bool) -> Result<()> {
+    /// Before each pass of a paced program, at a party: tells the dealer which one is wanted.
+    pub(crate) fn want(&self, pass: Option<u8>) -> Result<()> {
         match &self.role {
-            Role::Party { source, .. } => source.borrow_mut().want(more),
+            Role::Party { source, .. } => source.borrow_mut().want(pass),
             _ => Ok(()),
         }
     }
@@ -751,8 +748,8 @@ impl Gates for Offline {
         carried::offline_square_sum(self, x)
     }
 
-    fn series(&self, x: &OffTensor, series: &Arc<Series>) -> Result<OffTensor> {
-        protocols::trigonometric::offline(self, x, series)
+    fn series_of(&self, x: &OffTensor, all: &[Arc<Series>]) -> Result<Vec<OffTensor>> {
+        protocols::trigonometric::offline(self, x, all)
     }
 
     fn positive_part(&self, x: &OffTensor, cut: u32) -> Result<OffTensor> {

@@ -362,9 +362,9 @@ impl Online {
         self.outside.borrow_mut().output(share)
     }
 
-    /// Whether the outside owner wants the pass of this number.
-    pub(crate) fn more(&self, pass: usize) -> Result<bool> {
-        self.outside.borrow_mut().more(pass)
+    /// Which pass the outside owner wants next.
+    pub(crate) fn next(&self, done: usize) -> Result<Option<u8>> {
+        self.outside.borrow_mut().next(done)
     }
 
     /// This party's part of a small mask; see [`Offline::small_mask`](crate::offline::Offline::small_mask).
@@ -595,8 +595,8 @@ impl Gates for Online {
         carried::online_square_sum(self, x)
     }
 
-    fn series(&self, x: &Share, series: &Arc<Series>) -> Result<Share> {
-        protocols::trigonometric::online(self, x, series)
+    fn series_of(&self, x: &Share, all: &[Arc<Series>]) -> Result<Vec<Share>> {
+        protocols::trigonometric::online(self, x, all)
     }
 
     fn positive_part(&self, x: &Share, cut: u32) -> Result<Share> {

@@ -19,10 +19,10 @@ pub trait Outside: Send {
     /// This party's share of a delivered output; see [`Backend::deliver`](crate::Backend::deliver).
     fn output(&mut self, share: Ring) -> Result<()>;
 
-    /// Whether the pass of this number shall run; asked before each pass of a [paced](crate::session::Program::paced)
-    /// program, and the same at both parties.
-    fn more(&mut self, _pass: usize) -> Result<bool> {
-        Ok(true)
+    /// Which pass comes next, None: the session ends. Asked before each pass of a [paced](crate::session::Program::paced)
+    /// program, `done` of which have run; the same at both parties.
+    fn next(&mut self, done: usize) -> Result<Option<u8>> {
+        Ok(u8::try_from(done).ok())
     }
 }
 

@@ -291,6 +291,11 @@ impl Backend for Plain {
             .map_err(wrong("activation"))
     }
 
+    fn turns(&self, x: &Tensor) -> Result<[Tensor; 2]> {
+        let angle = x.affine(std::f64::consts::TAU, 0.0)?;
+        Ok([angle.sin()?, angle.cos()?])
+    }
+
     fn softmax(&self, x: &Tensor, _: &SoftmaxSpec) -> Result<Tensor> {
         self.record("softmax", Verb::Softmax, x, |_| None)?;
         row_wise("softmax", x, |x| x.apply_op1(Softmax))

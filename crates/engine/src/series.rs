@@ -103,6 +103,25 @@ impl Series {
         })
     }
 
+    /// sin(2 pi x) and cos(2 pi x): one harmonic, exact for every x.
+    pub fn turns() -> [Arc<Series>; 2] {
+        let one = |cos: f64, sin: f64| {
+            Arc::new(Series {
+                period: 1.0,
+                period_bits: 0,
+                linear: 0.0,
+                constant: 0.0,
+                cos: vec![cos],
+                sin: vec![sin],
+                range: (f64::NEG_INFINITY, f64::INFINITY),
+                fit_error: 0.0,
+                coefficient_scale: 15,
+                dealt_scale: 16,
+            })
+        };
+        [one(0.0, 1.0), one(1.0, 0.0)]
+    }
+
     /// Number of harmonics.
     pub fn harmonics(&self) -> usize {
         self.cos.len()

@@ -32,8 +32,9 @@ pub trait Program: Sync {
         Comparison::Fss
     }
 
-    /// Whether the outside owner is asked before each pass if there is to be another; the dealer on a link hears of it from the
-    /// parties. The same at every role.
+    /// Whether the outside owner says before each pass which one is next, if any: `index` is then what it says, and may be the
+    /// same again. A dealer on a link hears of it from the parties; where there is no link, and in predictions, the passes come
+    /// in order. The same at every role.
     fn paced(&self) -> bool {
         false
     }
@@ -63,7 +64,7 @@ pub fn plan<P: Program>(program: &P, passes: usize) -> Result<Plan> {
 
 fn plan_with<P: Program>(program: &P, passes: usize, comparison: Comparison) -> Result<Plan> {
     let walk = Offline::count(comparison);
-    walk_all(program, &walk, passes, |_| Ok(true), |_| Ok(()))?;
+    walk_all(program, &walk, passes, |done| Ok(Some(done)), |_| Ok(()))?;
     let mut tally = walk.tally().clone();
     tally.memory = walk.memory();
     Ok(Plan {
@@ -102,9 +103,9 @@ pub fn deal<P: Program>(
     progress: impl FnMut(usize) -> Result<()>,
 ) -> Result<()> {
     let walk = Offline::dealer(program.comparison(), seeds, sinks);
-    let wanted = |_| match program.paced() {
-        true => walk.wanted(),
-        false => Ok(true),
+    let wanted = |done| match program.paced() {
+        true => Ok(walk.wanted(done)?.map(usize::from)),
+        false => Ok(Some(done)),
     };
     walk_all(program, &walk, passes, wanted, progress)?;
     walk.finish()
@@ -114,16 +115,16 @@ fn walk_all<P: Program>(
     program: &P,
     walk: &Offline,
     passes: usize,
-    mut wanted: impl FnMut(usize) -> Result<bool>,
+    mut next: impl FnMut(usize) -> Result<Option<usize>>,
     mut progress: impl FnMut(usize) -> Result<()>,
 ) -> Result<()> {
     let model = program.load(walk)?;
-    for index in 0..passes {
-        if !wanted(index)? {
+    for done in 0..passes {
+        let Some(index) = next(done)? else {
             break;
-        }
+        };
         program.forward(walk, &model, index)?;
-        progress(index + 1)?;
+        progress(done + 1)?;
     }
     Ok(())
 }
@@ -241,15 +242,15 @@ impl PartySession {
             let failure = &failure;
             scope.spawn(move || {
                 let walk = Offline::party(program.comparison(), party, seed_offline, source, queue, store);
-                let wanted = |_| {
+                let next = |done| {
                     if !program.paced() {
-                        return Ok(true);
+                        return Ok(Some(done));
                     }
-                    let more = pace_rx.recv().map_err(|_| Error::Stopped("the online phase"))?;
-                    walk.want(more)?;
-                    Ok(more)
+                    let next: Option<u8> = pace_rx.recv().map_err(|_| Error::Stopped("the online phase"))?;
+                    walk.want(next)?;
+                    Ok(next.map(usize::from))
                 };
-                match walk_all(program, &walk, passes, wanted, |_| Ok(())) {
+                match walk_all(program, &walk, passes, next, |_| Ok(())) {
                     Ok(()) => _ = done_tx.send(()),
                     Err(e) => failure.record(e),
                 }
@@ -285,16 +286,19 @@ impl PartySession {
                 report.offline = start.elapsed();
 
                 let (start, before) = (Instant::now(), peer.meter());
-                for index in 0..passes {
-                    if program.paced() {
-                        let more = online.more(index)?;
+                for done in 0..passes {
+                    let index = if program.paced() {
+                        let next = online.next(done)?;
                         // If the preparation has failed, it says so itself.
-                        let _ = pace_tx.send(more);
-                        if !more {
-                            break;
+                        let _ = pace_tx.send(next);
+                        match next {
+                            Some(index) => index.into(),
+                            None => break,
                         }
-                    }
-                    output(index, program.forward(&online, &model, index)?)?;
+                    } else {
+                        done
+                    };
+                    output(done, program.forward(&online, &model, index)?)?;
                 }
                 report.online = start.elapsed();
                 report.online_meter = peer.meter() - before;

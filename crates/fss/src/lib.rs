@@ -8,6 +8,7 @@
 //! | [`cmp`]   | the bit `1{x < alpha}` (XOR)                                         | `16 * (bits - 6)`          |
 //! | [`dpf`]   | `1{x == alpha}` in Z_{2^64}                                          | `16 * bits`                |
 //! | [`table`] | `sum_j 1{j == alpha} * T[j + offset]` in Z_{2^64}, for public tables | `16 * bits`                |
+//! | [`point`] | the one-hot vector of `alpha` (XOR), all of it                        | `16 * (bits - 5)`, root included |
 //! | [`dcf`]   | `beta * 1{x < alpha}` in Z_{2^64}, at many points a key              | `24 * (bits - 2) + 32`, of a pair of `beta` `32 * (bits - 2) + 64` |
 //!
 //! # Keys
@@ -54,6 +55,7 @@ pub mod cmp;
 pub mod dcf;
 pub mod dpf;
 mod hash;
+pub mod point;
 pub mod table;
 mod tree;
 
@@ -98,6 +100,15 @@ pub enum Error {
         /// The bits of the domain.
         bits: u32,
     },
+    /// An index lies outside its domain.
+    #[error("the index is not below the domain of {domain} points")]
+    Index {
+        /// Points of the domain.
+        domain: usize,
+    },
+    /// A key belongs to the other party.
+    #[error("the key was dealt to the other party")]
+    OtherParty,
 }
 
 /// The result of a call to this crate.

@@ -4,7 +4,8 @@
 //! - [`Ring::matmul`], [`Ring::matmul_nt`], [`Packed`]: matrix products by the fastest kernel that the processor
 //!   runs (AVX-512, AVX2, NEON or portable, equal bit for bit);
 //! - [`codec`]: real numbers to fixed point and back;
-//! - [`prg`]: seeds, and the AES-128-CTR streams that masks are drawn from.
+//! - [`prg`]: seeds, and the AES-128-CTR streams that masks are drawn from;
+//! - [`select`]: sums of selected rows of a table, for private lookups.
 //!
 //! Work is spread over the *current* rayon pool, and stays on the calling thread where that pool has one thread or
 //! the tensor is small. No result depends on the number of threads or on the kernel.
@@ -14,6 +15,7 @@ mod error;
 mod gemm;
 pub mod harmonics;
 pub mod prg;
+pub mod select;
 mod shape;
 mod simd;
 mod tensor;

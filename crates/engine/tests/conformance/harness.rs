@@ -43,6 +43,7 @@ pub enum Op {
     Argmax,
     Activation(Activation, Range),
     ActivationOfProduct(Activation, Range),
+    Turns,
     Softmax(SoftmaxSpec),
     /// Of the square, so that x is positive.
     ReciprocalOfSquare((f64, f64)),
@@ -179,6 +180,10 @@ impl OpProgram<'_> {
             }
             Op::Argmax => b.argmax(&xs[0])?,
             Op::Activation(f, range) => b.activation(&xs[0], f, range)?,
+            Op::Turns => {
+                let [sin, cos] = b.turns(&xs[0])?;
+                b.cat(&[&sin, &cos], 0)?
+            }
             Op::ActivationOfProduct(f, range) => {
                 let p = b.mul(&xs[0], &b.scale(&xs[1], 0.125)?)?;
                 b.activation(&p, f, range)?

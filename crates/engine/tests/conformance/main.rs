@@ -112,6 +112,12 @@ proptest! {
     }
 
     #[test]
+    fn turns(n in 0usize..600, a in who(), seed: u64) {
+        // Any angle; an input's last bit is 2^-16 of a turn.
+        check(Op::Turns, &[Case::input(a, &[n], uniform(seed, 40.0))], 4e-4)?;
+    }
+
+    #[test]
     fn guarded_activations(n in 1usize..60, a in who(), seed: u64) {
         use Activation::*;
         for (f, bound) in [(Gelu, 6.4), (Silu, 12.8), (Tanh, 8.0), (Sigmoid, 12.8)] {
