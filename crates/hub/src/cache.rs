@@ -46,8 +46,8 @@ pub fn locate(name: &str) -> Result<PathBuf> {
 /// `owner/name@revision`, of the model hub.
 ///
 /// A snapshot in the cache with configuration and weights is taken as it is, without asking whether there is a newer one.
-/// What is missing is downloaded: `config.json`, `preprocessor_config.json` if there is
-/// one, and `model.safetensors` or the files of `model.safetensors.index.json`. `progress` is called as bytes arrive.
+/// What is missing is downloaded: `config.json`, `preprocessor_config.json` and the tokenizer's files if there are
+/// any, and `model.safetensors` or the files of `model.safetensors.index.json`. `progress` is called as bytes arrive.
 /// After an interruption the next call continues; no part of a file is ever taken for the whole.
 pub fn fetch(name: &str, progress: &mut dyn FnMut(Progress)) -> Result<PathBuf> {
     let var = |key: &str| std::env::var_os(key).filter(|v| !v.is_empty()).map(PathBuf::from);
@@ -182,8 +182,12 @@ fn download(remote: &Remote, revision: &str, progress: &mut dyn FnMut(Progress))
     let commit = config.commit.clone();
     let snapshot = remote.folder.join("snapshots").join(&commit);
     remote.get(CONFIG, &config, MAX_SMALL, progress)?;
-    if let Some(meta) = remote.meta(&commit, crate::processor::FILE)? {
-        remote.get(crate::processor::FILE, &meta, MAX_SMALL, progress)?;
+    let tokenizer = crate::tokenizer::FILES.map(|name| (name, crate::tokenizer::MAX_FILE));
+    for (name, most) in [(crate::processor::FILE, MAX_SMALL)].into_iter().chain(tokenizer) {
+        let Some(meta) = remote.meta(&commit, name)? else {
+            continue;
+        };
+        remote.get(name, &meta, most, progress)?;
     }
     if let Some(meta) = remote.meta(&commit, WEIGHTS)? {
         remote.get(WEIGHTS, &meta, MAX_CHECKPOINT, progress)?;

@@ -255,7 +255,7 @@ impl EncoderConfig {
         for module in target_modules {
             let found = names
                 .iter()
-                .position(|name| name == module || name.rsplit('.').next() == Some(module));
+                .position(|name| name == module || name.ends_with(&format!(".{module}")));
             match found {
                 Some(i) => which[i] = true,
                 None => {
@@ -354,7 +354,7 @@ impl EncoderConfig {
     }
 
     /// Whether a parameter is the provider's.
-    fn is_private(&self, name: &str) -> bool {
+    pub(crate) fn is_private(&self, name: &str) -> bool {
         if name.starts_with("norm.") || name.starts_with("head.") || !self.tuning.has_public_blocks() {
             return true;
         }
@@ -390,7 +390,7 @@ impl EncoderConfig {
     }
 
     /// Names and shapes of all parameters of this form.
-    fn inventory(&self) -> ModelResult<BTreeMap<String, Vec<usize>>> {
+    pub(crate) fn inventory(&self) -> ModelResult<BTreeMap<String, Vec<usize>>> {
         let all = inventory(&Plain::new(), |p| Encoder::load(p, p, self))?;
         Ok(all.into_iter().collect())
     }

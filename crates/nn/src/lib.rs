@@ -9,11 +9,13 @@ mod block;
 pub mod encoder;
 mod error;
 pub mod head;
+pub mod language;
 pub mod layers;
 pub mod layout;
 pub mod load;
 pub mod method;
 pub mod owc;
+pub mod peft;
 #[cfg(test)]
 mod testing;
 pub mod vit;

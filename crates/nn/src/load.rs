@@ -8,7 +8,7 @@ use veiltune_hub::{AdapterConfig, Array, Checkpoint, Precision, Tensors, adapter
 
 pub use crate::backbone::{Backbone, BackboneConfig};
 use crate::method::{Method, Private};
-use crate::{Error, Result};
+use crate::{Error, Result, peft};
 
 /// Parameters from named arrays, as they are at their owner.
 pub fn params<'a, B: Backend>(b: &'a B, owner: Owner, tensors: &'a Tensors) -> Params<'a, B> {
@@ -80,15 +80,33 @@ impl Classifier {
 
     fn new(config: AdapterConfig<Method>, weights: &Checkpoint) -> Result<Self> {
         config.method.check()?;
-        Ok(Classifier {
-            config,
-            weights: weights.arrays()?,
-        })
+        let mut weights = weights.arrays()?;
+        if let Some(lora) = config.method.lora() {
+            weights = peft::restore(lora, weights)?;
+        }
+        Ok(Classifier { config, weights })
     }
 
-    /// Writes an artefact in the PEFT layout, the configuration last.
+    /// Writes an artefact in the PEFT layout, the configuration last; LoRA with the names that PEFT gives its tensors.
     pub fn write(&self, dir: &Path) -> Result<()> {
-        Ok(adapter::write(dir, &self.config, &self.weights, Precision::F32)?)
+        let Some(lora) = self.config.method.lora() else {
+            return Ok(adapter::write(dir, &self.config, &self.weights, Precision::F32)?);
+        };
+        let mut method = serde_json::Value::from(self.config.method.clone());
+        for (field, value) in peft::extra_fields(lora) {
+            method[field] = value;
+        }
+        let config = AdapterConfig {
+            base_model_name_or_path: self.config.base_model_name_or_path.clone(),
+            base_model_sha256: self.config.base_model_sha256.clone(),
+            method,
+        };
+        Ok(adapter::write(
+            dir,
+            &config,
+            &peft::store(lora, &self.weights),
+            Precision::F32,
+        )?)
     }
 
     /// The form in which it is served; `backbone` is needed where [`Method::needs_backbone`] says so.

@@ -8,7 +8,7 @@ use veiltune_engine::plain::{Site, Verb};
 use veiltune_engine::{Backend, NormSpec, Params, Range, Result};
 use veiltune_hub::{Array, Tensors};
 
-use crate::encoder::{Encoder, EncoderConfig};
+use crate::encoder::{Encoder, EncoderConfig, Tuning};
 use crate::head::{Head, HeadConfig};
 use crate::{Error, Owc, OwcConfig, Result as ModelResult, owc};
 
@@ -104,6 +104,14 @@ impl Method {
             Method::Owc(_) => owc::PEFT_TYPE,
             Method::Head(_) => "HEAD",
             Method::Encoder(c) => c.tuning.peft_type(),
+        }
+    }
+
+    /// The configuration, if it is two-way LoRA.
+    pub(crate) fn lora(&self) -> Option<&EncoderConfig> {
+        match self {
+            Method::Encoder(c) if matches!(c.tuning, Tuning::Lora { .. }) => Some(c),
+            _ => None,
         }
     }
 
@@ -323,6 +331,12 @@ impl TryFrom<serde_json::Value> for Method {
         let parsed = match kind.as_str() {
             owc::PEFT_TYPE => serde_json::from_value(value).map(Method::Owc),
             "HEAD" => serde_json::from_value(value).map(Method::Head),
+            "LORA" if value.get("vit").is_none() => {
+                return Err(format!(
+                    "{TYPE} LORA as another program writes it, without architecture and calibrated ranges; `veiltune import` \
+                     adds them"
+                ));
+            }
             kind if crate::encoder::PEFT_TYPES.contains(&kind) => {
                 serde_json::from_value(value).map(Method::Encoder)
             }
