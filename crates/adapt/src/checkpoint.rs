@@ -14,6 +14,8 @@ use crate::{Error, Result};
 pub const VALUE: &str = "value.";
 /// Prefixes of the optimiser's moments.
 pub const MOMENTS: [&str; 2] = ["moment1.", "moment2."];
+/// Prefix of a parameter after the best epoch, where that is not the last one.
+pub const KEPT: &str = "kept.";
 /// Says what there is to go on from.
 pub const STATE_FILE: &str = "training.json";
 

@@ -24,6 +24,11 @@ pub enum Rule {
 }
 
 impl Rule {
+    /// With the momentum of the paper.
+    pub const SGD: Rule = Rule::Sgd { momentum: 0.9 };
+    /// With the usual decay rates.
+    pub const ADAMW: Rule = Rule::AdamW { betas: (0.9, 0.999) };
+
     /// Running averages that it keeps of each variable.
     fn moments(self) -> usize {
         match self {

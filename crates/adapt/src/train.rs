@@ -1,7 +1,8 @@
 //! Training the private part of any method on a frozen backbone's hidden states.
 //!
 //! The forward pass is the one that is later planned, dealt and served. With V views every picture is seen in each of them in
-//! turn, epoch by epoch, in the last one as in testing: what batch norms average then is what they will meet.
+//! turn, epoch by epoch, each picture from another view on; in the last epoch all are seen as in testing: what batch norms
+//! average then is what they will meet. What comes out are the parameters after the epoch that the validation pictures like best.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -32,6 +33,8 @@ use crate::{Error, Result, Variables, evaluate, plot, warm};
 pub struct Settings {
     /// Passes over the pictures.
     pub epochs: usize,
+    /// Training ends after so many epochs without a better one ([`best`]); 0: never before the last.
+    pub patience: usize,
     /// Pictures a step.
     pub batch: usize,
     /// How parameters are updated.
@@ -62,8 +65,9 @@ impl Default for Settings {
     fn default() -> Self {
         Settings {
             epochs: 20,
+            patience: 0,
             batch: 50,
-            rule: Rule::Sgd { momentum: 0.9 },
+            rule: Rule::SGD,
             rate: 0.01,
             decay: 5e-4,
             clip: 1.0,
@@ -85,7 +89,7 @@ impl Settings {
             Method::Head(_) => Settings {
                 epochs: 60,
                 batch: 256,
-                rule: Rule::AdamW { betas: (0.9, 0.999) },
+                rule: Rule::ADAMW,
                 rate: 5e-3,
                 decay: 1e-4,
                 warm: 0,
@@ -179,6 +183,25 @@ pub struct Progress {
     pub seconds_left: f64,
     /// The epoch that has just ended.
     pub ended: Option<Epoch>,
+    /// Number of the epoch that is the best so far, from 1; 0: none has ended.
+    pub best: usize,
+}
+
+/// The epoch whose parameters are kept: that with the highest validation accuracy, of equals the one with the lowest
+/// validation loss; the last one if nothing is validated. None of an empty curve.
+pub fn best(curve: &[Epoch]) -> Option<usize> {
+    let loss = |e: &Epoch| e.validation_loss.unwrap_or(0.0);
+    let rank = |e: &Epoch| {
+        let loss = Some(loss(e)).filter(|loss| loss.is_finite());
+        (
+            e.validation_accuracy.unwrap_or(0.0),
+            -loss.unwrap_or(f64::INFINITY),
+        )
+    };
+    (0..curve.len()).max_by(|&a, &b| {
+        let (a, b) = (rank(&curve[a]), rank(&curve[b]));
+        a.0.total_cmp(&b.0).then(a.1.total_cmp(&b.1))
+    })
 }
 
 /// What came of it.
@@ -203,6 +226,8 @@ pub struct Report {
     pub pictures: usize,
     /// Views of each.
     pub views: usize,
+    /// Number of the epoch whose parameters these figures are of, from 1.
+    pub epoch: usize,
     /// Share of the training pictures, as in testing, that is right.
     pub train_accuracy: f64,
     /// Share of the validation pictures that is right.
@@ -247,6 +272,8 @@ struct Run<'a> {
     model: Model<'a>,
     optimizer: Optimizer,
     done: Checkpoint,
+    /// All private parameters after the best epoch.
+    kept: Tensors,
     /// When this process began, and after how many steps and seconds of the run.
     began: Instant,
     before: (usize, f64),
@@ -428,21 +455,29 @@ struct Pass {
 }
 
 impl<'a> Run<'a> {
-    /// Trains until so many epochs are done, keeping each.
+    /// Trains until so many epochs are done, or until no better one is expected, and keeps the state after each.
     fn until(
         &mut self,
         epochs: usize,
         progress: &mut dyn FnMut(Progress),
         interrupted: &AtomicBool,
     ) -> Result<()> {
-        while self.done.curve.len() < epochs {
+        while self.done.curve.len() < epochs && !self.is_out_of_patience() {
             let epoch = self.epoch(progress, interrupted)?;
             self.done.curve.push(epoch);
+            if best(&self.done.curve) == Some(self.done.curve.len() - 1) {
+                self.kept = self.model.tensors()?;
+            }
             self.done.seconds = epoch.seconds;
             self.save()?;
             self.report(epoch.train_loss, Some(epoch), progress);
         }
         Ok(())
+    }
+
+    fn is_out_of_patience(&self) -> bool {
+        let (curve, patience) = (&self.done.curve, self.task.settings.patience);
+        patience > 0 && best(curve).is_some_and(|best| curve.len() - 1 - best >= patience)
     }
 
     fn start(task: &'a Task<'a>, workers: &'a Workers) -> Result<Self> {
@@ -475,6 +510,7 @@ impl<'a> Run<'a> {
             model,
             optimizer,
             done: Checkpoint::new(task)?,
+            kept: Tensors::new(),
             began: Instant::now(),
             before: (0, 0.0),
             step: 0,
@@ -485,6 +521,7 @@ impl<'a> Run<'a> {
             run.resume(done, &tensors)?;
         } else {
             run.warm_up()?;
+            run.kept = run.model.tensors()?;
         }
         Ok(run)
     }
@@ -531,6 +568,17 @@ impl<'a> Run<'a> {
         self.step = done.steps as usize;
         self.before = (self.step, done.seconds);
         self.done = done;
+        let now = self.model.tensors()?;
+        self.kept = match best(&self.done.curve) {
+            Some(best) if best + 1 < self.done.curve.len() => {
+                let kept = now.keys().map(|name| {
+                    let array = checkpoint::find(tensors, checkpoint::KEPT, name)?;
+                    Ok((name.clone(), array.clone()))
+                });
+                kept.collect::<Result<_>>()?
+            }
+            _ => now,
+        };
         Ok(())
     }
 
@@ -544,8 +592,23 @@ impl<'a> Run<'a> {
         for (i, name, array) in self.optimizer.moments(&self.model.vars) {
             tensors.insert(format!("{}{name}", checkpoint::MOMENTS[i]), array);
         }
+        if best(&self.done.curve) < self.done.curve.len().checked_sub(1) {
+            for (name, array) in &self.kept {
+                tensors.insert(format!("{}{name}", checkpoint::KEPT), array.clone());
+            }
+        }
         checkpoint::write(dir, &self.done, &tensors)?;
         plot::write(dir, &self.done.curve)
+    }
+
+    /// The view in which an epoch, from 0, shows a picture.
+    fn view(&self, epoch: usize, picture: usize) -> usize {
+        let settings = self.task.settings;
+        let first = seed_of(settings.seed, [u64::MAX, picture as u64]);
+        match epoch + 1 == settings.epochs {
+            true => 0,
+            false => (first.wrapping_add(epoch as u64) % self.task.train.states.views() as u64) as usize,
+        }
     }
 
     fn per_epoch(&self) -> usize {
@@ -571,13 +634,14 @@ impl<'a> Run<'a> {
                 .iter()
                 .map(|(_, which)| which.len() as f32 / batch.len() as f32)
                 .collect();
-            let (step, view) = (self.step as u64, (settings.epochs - 1 - epoch) % states.views());
+            let step = self.step as u64;
             let (model, reads) = (&self.model, &self.reads);
             let pass = |(i, which): &(usize, &[usize])| -> Result<(Tensor, Pass)> {
                 let seed = seed_of(settings.seed, [1 + step, *i as u64]);
                 let b = Plain::training();
                 let private = model.load(Some((settings.dropout, seed)))?;
-                let logits = private.forward(&b, &states.batch(view, which, reads)?)?;
+                let shown: Vec<_> = which.iter().map(|&i| (self.view(epoch, i), i)).collect();
+                let logits = private.forward(&b, &states.mixed(&shown, reads)?)?;
                 let labels = states.labels_of(which)?;
                 let best = logits.detach().argmax(1)?;
                 let right = best.eq(&labels)?.to_dtype(DType::U32)?.sum_all()?.to_scalar()?;
@@ -639,13 +703,15 @@ impl<'a> Run<'a> {
             per_second: a_step / pace,
             seconds_left: (steps - self.step) as f64 * pace,
             ended,
+            best: best(&self.done.curve).map_or(0, |i| i + 1),
         });
     }
 
     fn finish(self, interrupted: &AtomicBool) -> Result<Trained> {
         let (task, settings) = (self.task, self.task.settings);
-        let tensors = self.model.tensors()?;
-        let model = self.model.load(None)?;
+        let tensors = self.kept;
+        let plain = Plain::new();
+        let model = fixed(&plain, task.method, &tensors, task.backbone)?;
         let (shard, states) = (settings.shard, task.train.states);
         let sites = evaluate::sites(
             &model,
@@ -672,6 +738,7 @@ impl<'a> Run<'a> {
                 parameters: self.model.vars.count(),
                 pictures: task.train.which.len(),
                 views: states.views(),
+                epoch: best(&self.done.curve).map_or(0, |i| i + 1),
                 train_accuracy: train.unwrap_or_default(),
                 validation_accuracy: validation,
                 seconds: self.done.seconds,
@@ -1027,6 +1094,69 @@ mod tests {
             let task = Task { dir: None, ..task };
             assert!(run(&task).tensors != whole.tensors, "another seed");
         }
+    }
+
+    #[test]
+    fn the_best_epoch_is_kept_and_training_ends_when_no_better_one_follows() {
+        let world = World::new();
+        let method = world.owc(1, NormChoice::Batch);
+        let states = world.states(&method);
+        // Pictures of a class that is never trained on: the longer the training, the less is thought of it.
+        let last = world.labels().len() as u32 - 1;
+        let (unseen, seen): (Vec<_>, Vec<_>) = world.all.iter().partition(|&&i| states.labels()[i] == last);
+        let settings = Settings {
+            epochs: 6,
+            patience: 2,
+            ..settings()
+        };
+        let task = Task {
+            train: Pictures {
+                states: &states,
+                which: &seen,
+            },
+            validation: Pictures {
+                states: &states,
+                which: &unseen,
+            },
+            ..world.task(&method, &states, &settings)
+        };
+        let trained = run(&task);
+        assert_eq!((trained.report.epoch, trained.report.curve.len()), (1, 3));
+
+        let dir = world.dir.path().join("kept");
+        let task = Task {
+            dir: Some(&dir),
+            ..task
+        };
+        train_until(&task, 1, &mut |_| (), &AtomicBool::new(false)).unwrap();
+        let (_, after_first) = checkpoint::read(&dir, &Checkpoint::new(&task).unwrap())
+            .unwrap()
+            .unwrap();
+        for (name, array) in &trained.tensors {
+            let first = checkpoint::find(&after_first, checkpoint::VALUE, name).unwrap();
+            assert_eq!(first, array, "{name}");
+        }
+        // The best one is remembered by a run that goes on after a worse one.
+        train_until(&task, 2, &mut |_| (), &AtomicBool::new(false)).unwrap();
+        let resumed = run(&task);
+        assert!(resumed.tensors == trained.tensors);
+        assert_eq!(figures(&resumed.report.curve), figures(&trained.report.curve));
+    }
+
+    #[test]
+    fn of_equal_epochs_the_surer_one_is_best() {
+        let epoch = |accuracy, loss| Epoch {
+            train_loss: 0.0,
+            train_accuracy: 0.0,
+            validation_loss: loss,
+            validation_accuracy: accuracy,
+            seconds: 0.0,
+        };
+        let curve = [(0.5, 1.0), (0.7, 2.0), (0.7, 1.5), (0.7, f64::NAN), (0.6, 0.1)];
+        let curve = curve.map(|(accuracy, loss)| epoch(Some(accuracy), Some(loss)));
+        assert_eq!(best(&curve), Some(2));
+        assert_eq!(best(&[epoch(None, None); 3]), Some(2));
+        assert_eq!(best(&[]), None);
     }
 
     #[test]

@@ -117,13 +117,22 @@ fn what_is_trained_is_measured_in_every_arithmetic_and_planned() {
     // Of each class two pictures are kept to validate on.
     assert_eq!(trained["pictures"], 88);
     assert_eq!(trained["curve"].as_array().unwrap().len(), 6);
+    // What is kept is the best of the curve.
+    let kept = &trained["curve"][trained["epoch"].as_u64().unwrap() as usize - 1];
+    assert_eq!(kept["validation_accuracy"], trained["validation_accuracy"]);
+    let epochs = trained["curve"].as_array().unwrap();
+    let accuracy = |e: &Value| number(&e["validation_accuracy"]);
+    assert!(epochs.iter().all(|e| accuracy(e) <= accuracy(kept)), "{trained}");
     assert_eq!(trained["test"]["pictures"], 24);
     assert!(number(&trained["test"]["accuracy"]) > 0.5, "{trained}");
     let curve = fs::read_to_string(trained["learning_curve"].as_str().unwrap()).unwrap();
     assert!(curve.contains("<svg"));
     let report: Value =
         serde_json::from_slice(&fs::read(world.at("owc").join("report.json")).unwrap()).unwrap();
-    assert_eq!(report["curve"], trained["curve"]);
+    assert_eq!(
+        (&report["curve"], &report["test"]),
+        (&trained["curve"], &trained["test"])
+    );
 
     let measure = |arithmetic: &str| {
         let mut command = world.command("evaluate", &["--arithmetic", arithmetic, "--adapter"]);
@@ -475,6 +484,8 @@ fn what_makes_no_sense_is_refused_before_anything_is_done() {
         ("none", &["--validation", "NaN"], &["--validation"]),
         ("none", &["--epochs", "0"], &["--epochs"]),
         ("none", &["--views", "0"], &["--views"]),
+        ("none", &["--patience", "0"], &["--patience"]),
+        ("none", &["--crop-scale", "0"], &["--crop-scale", "at most 1"]),
         ("none", &["--scope", "5"], &["scope", "--scope"]),
         ("none", &["--rank", "7"], &["rank", "--rank"]),
         (

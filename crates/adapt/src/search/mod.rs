@@ -22,6 +22,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
+use veiltune_nn::owc::NormChoice;
 
 pub use report::{Comparison, Latencies, compare, csv, markdown, svg};
 pub use run::{Ended, Method, Outcome, Search, Settings, Spent, Status, Trial, front};
@@ -30,25 +31,6 @@ use crate::{Error, Result};
 
 /// Candidates that a space may have.
 const MOST: usize = 10_000;
-
-/// Which norm the adapter has. Training and serving share the choice.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum NormChoice {
-    /// LayerNorm, computed privately for each token.
-    Layer,
-    /// BatchNorm, folded into the linear layer after it once trained.
-    Batch,
-}
-
-impl fmt::Display for NormChoice {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.write_str(match self {
-            NormChoice::Layer => "layer",
-            NormChoice::Batch => "batch",
-        })
-    }
-}
 
 /// One architecture.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -63,12 +45,25 @@ pub struct Candidate {
     pub norm: NormChoice,
 }
 
+impl Candidate {
+    /// The norm as tables have it.
+    pub fn norm_name(&self) -> &'static str {
+        match self.norm {
+            NormChoice::Layer => "layer",
+            NormChoice::Batch => "batch",
+        }
+    }
+}
+
 impl fmt::Display for Candidate {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         write!(
             f,
             "({}, {}, {}, {})",
-            self.heads, self.rank, self.scope, self.norm
+            self.heads,
+            self.rank,
+            self.scope,
+            self.norm_name()
         )
     }
 }

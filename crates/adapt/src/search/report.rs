@@ -26,7 +26,11 @@ pub fn markdown(front: &[Trial], latencies: &Latencies) -> String {
         let _ = write!(
             table,
             "| {} | {} | {} | {} | {accuracy:.2} % | {} |",
-            c.heads, c.rank, c.scope, c.norm, t.epochs
+            c.heads,
+            c.rank,
+            c.scope,
+            c.norm_name(),
+            t.epochs
         );
         for of in latencies.values() {
             let _ = match of.get(c) {
@@ -53,7 +57,12 @@ pub fn csv(front: &[Trial], latencies: &Latencies) -> String {
         let _ = write!(
             table,
             "{},{},{},{},{},{}",
-            c.heads, c.rank, c.scope, c.norm, t.accuracy, t.epochs
+            c.heads,
+            c.rank,
+            c.scope,
+            c.norm_name(),
+            t.accuracy,
+            t.epochs
         );
         for of in latencies.values() {
             let _ = match of.get(c) {

@@ -12,7 +12,7 @@ use veiltune_hub::Dataset;
 use veiltune_hub::dataset::Split;
 use veiltune_nn::load::Classifier;
 
-use super::{Bar, DataArgs, all_reads, backbone_of, interruptible};
+use super::{Bar, DataArgs, Views, all_reads, backbone_of, interruptible};
 use crate::inputs;
 use crate::prepare::Preparation;
 use crate::report::print;
@@ -151,7 +151,7 @@ pub fn measure(
     let method = &classifier.config.method;
     let backbone = backbone_of(source);
     let reads = all_reads(&[method], backbone.map_or(0, |b| b.config.num_hidden_layers))?;
-    let states = data.states(pictures, source, &reads, 1, 0, interrupted)?;
+    let states = data.states(pictures, source, &reads, Views::CENTRE, interrupted)?;
     let which: Vec<usize> = (0..states.len()).collect();
     let model = Model {
         method,

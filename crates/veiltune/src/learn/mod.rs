@@ -134,8 +134,7 @@ impl DataArgs {
         dataset: &Dataset,
         source: Source,
         reads: &[Read],
-        views: usize,
-        seed: u64,
+        views: Views,
         interrupted: &AtomicBool,
     ) -> Result<States> {
         let dir = match &self.cache {
@@ -147,9 +146,12 @@ impl DataArgs {
             dir: &dir,
             source,
             dataset,
-            views,
-            augment: Augment::default(),
-            seed,
+            views: views.count,
+            augment: Augment {
+                scale: [views.smallest, 1.0],
+                ..Augment::default()
+            },
+            seed: views.seed,
             threads: self.threads(),
         };
         let states = States::open_or_compute(
@@ -168,6 +170,26 @@ impl DataArgs {
             e => e.into(),
         })
     }
+}
+
+/// Which views of each picture.
+#[derive(Clone, Copy, Debug)]
+pub struct Views {
+    /// How many; the first is the picture as in testing.
+    pub count: usize,
+    /// Smallest share of the picture's area in the others.
+    pub smallest: f64,
+    /// Seed of the others.
+    pub seed: u64,
+}
+
+impl Views {
+    /// Only as in testing.
+    pub const CENTRE: Views = Views {
+        count: 1,
+        smallest: 1.0,
+        seed: 0,
+    };
 }
 
 /// What computes the states that `method` reads.

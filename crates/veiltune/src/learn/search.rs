@@ -8,9 +8,9 @@ use clap::{Args, ValueEnum};
 use serde::Serialize;
 use veiltune_adapt::cache::{Source, States};
 use veiltune_adapt::search::{
-    self, Candidate, Comparison, Evaluate, Goal, Latencies, NormChoice, Outcome, Search, Space, Spent, Trial,
+    self, Candidate, Comparison, Evaluate, Goal, Latencies, Outcome, Search, Space, Spent, Trial,
 };
-use veiltune_adapt::train::{Pictures, Task, train, train_until};
+use veiltune_adapt::train::{Pictures, Task, best, train, train_until};
 use veiltune_hub::dataset::Split;
 use veiltune_nn::owc::Design;
 use veiltune_nn::{Backbone, Method, OwcConfig};
@@ -209,7 +209,7 @@ pub fn run(args: &SearchArgs) -> Result<()> {
         heads: args.heads.clone(),
         ranks: args.ranks.clone(),
         scopes: args.scopes.clone(),
-        norms: args.norms.iter().map(|n| norm(n.choice())).collect(),
+        norms: args.norms.iter().map(|n| n.choice()).collect(),
     }
     .within(layers, width);
     let candidates = space.candidates().map_err(|e| {
@@ -228,13 +228,13 @@ pub fn run(args: &SearchArgs) -> Result<()> {
         .expect("a space has candidates");
     let deepest = method(&backbone, largest, &labels)?;
     let reads = all_reads(&[&deepest], layers)?;
-    let (views, seed) = (args.recipe.views, args.recipe.seed);
+    let seed = args.recipe.seed;
     // Every scope ends with the same state at the class token; a smaller one begins later.
     let from = Source::Backbone(&backbone);
     make(&args.out)?;
     let states = args
         .data
-        .states(&pictures, from, &reads, views, seed, &interrupted)?;
+        .states(&pictures, from, &reads, args.recipe.views(), &interrupted)?;
     let (learn, check) = states.split_validation(args.recipe.validation, seed);
     let recipe = args.recipe.settings(&deepest);
 
@@ -259,13 +259,12 @@ pub fn run(args: &SearchArgs) -> Result<()> {
             epochs: recipe.epochs,
             seed,
             fingerprint: format!(
-                "{} validation {} network {} gmacs {} batch {} rate {}",
+                "{} validation {} network {} gmacs {} recipe {:?}",
                 states.digest(),
                 args.recipe.validation,
                 args.network,
                 args.gmacs,
-                recipe.batch,
-                recipe.rate
+                recipe
             ),
             budget: args.budget,
         };
@@ -307,19 +306,9 @@ pub fn run(args: &SearchArgs) -> Result<()> {
     print(args.json, &summary, || summary.text())
 }
 
-fn norm(choice: veiltune_nn::owc::NormChoice) -> NormChoice {
-    match choice {
-        veiltune_nn::owc::NormChoice::Layer => NormChoice::Layer,
-        veiltune_nn::owc::NormChoice::Batch => NormChoice::Batch,
-    }
-}
-
 fn method(backbone: &Backbone, c: &Candidate, labels: &[String]) -> Result<Method> {
     let design = Design {
-        norm: match c.norm {
-            NormChoice::Layer => veiltune_nn::owc::NormChoice::Layer,
-            NormChoice::Batch => veiltune_nn::owc::NormChoice::Batch,
-        },
+        norm: c.norm,
         ..Design::new(c.heads, c.rank, c.scope)
     };
     let config = OwcConfig::new(
@@ -366,7 +355,7 @@ impl Trainer<'_> {
     ) -> veiltune_adapt::Result<T> {
         let method = self.method(c)?;
         let settings = self.args.recipe.settings(&method);
-        let norm = c.norm;
+        let norm = c.norm_name();
         let dir = self
             .dir
             .join(format!("h{}-r{}-s{}-{norm}", c.heads, c.rank, c.scope));
@@ -456,9 +445,10 @@ impl Evaluate for Trainer<'_> {
                     &format!("{name}  epoch {}/{}  loss {:.3}", p.epoch, p.epochs, p.loss),
                 );
             };
-            let curve = train_until(task, epochs, show, self.interrupted)?;
-            let last = curve.get(epochs - 1).and_then(|e| e.validation_accuracy);
-            last.ok_or_else(|| veiltune_adapt::Error::Settings("no validation pictures".into()))
+            let mut curve = train_until(task, epochs, show, self.interrupted)?;
+            curve.truncate(epochs);
+            let kept = best(&curve).and_then(|i| curve[i].validation_accuracy);
+            kept.ok_or_else(|| veiltune_adapt::Error::Settings("no validation pictures".into()))
         })
     }
 

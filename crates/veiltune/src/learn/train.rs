@@ -16,8 +16,8 @@ use veiltune_nn::{Backbone, Method};
 use veiltune_wire::Network;
 
 use super::{
-    Bar, DataArgs, all_reads, backbone_of, check_adapter, check_out, cost_of_one, evaluate, interruptible,
-    left, make, source, write_adapter, write_json,
+    Bar, DataArgs, Views, all_reads, backbone_of, check_adapter, check_out, cost_of_one, evaluate,
+    interruptible, left, make, source, write_adapter, write_json,
 };
 use crate::methods::MethodArgs;
 use crate::report::{grouped, print};
@@ -41,10 +41,10 @@ pub struct TrainArgs {
     /// Print one JSON object to standard output instead of text
     ///
     /// Its members: adapter and learning_curve (paths), backbone, peft_type, classes, skipped (unreadable pictures), settings,
-    /// parameters (trained values), pictures, views, train_accuracy, validation_accuracy, seconds, curve [{train_loss,
-    /// train_accuracy, validation_loss, validation_accuracy, seconds}, one an epoch], test {pictures, skipped, accuracy, loss};
-    /// and of one private image, exactly: comparison, rounds, online_bytes [client to provider, provider to client], dealer_bytes [to
-    /// client, to provider]. Accuracies are 0 to 1.
+    /// parameters (trained values), pictures, views, epoch (whose parameters are kept, from 1), train_accuracy,
+    /// validation_accuracy, seconds, curve [{train_loss, train_accuracy, validation_loss, validation_accuracy, seconds}, one an
+    /// epoch], test {pictures, skipped, accuracy, loss}; and of one private image, exactly: comparison, rounds, online_bytes
+    /// [client to provider, provider to client], dealer_bytes [to client, to provider]. Accuracies are 0 to 1.
     #[arg(long)]
     json: bool,
 }
@@ -55,6 +55,11 @@ pub struct Recipe {
     /// Passes over the pictures [default: 20; 60 for a head]
     #[arg(long, value_name = "N")]
     pub epochs: Option<usize>,
+    /// End after N epochs of which none is better on the validation pictures than the best before them [default: never]
+    ///
+    /// Whether or not training ends early, the adapter is that of the best epoch.
+    #[arg(long, value_name = "N")]
+    pub patience: Option<usize>,
     /// Pictures that a step of training sees [default: 50; 256 for a head]
     #[arg(long, value_name = "N")]
     pub batch: Option<usize>,
@@ -64,6 +69,9 @@ pub struct Recipe {
     /// Views of each picture: the whole one, and N - 1 random crops, perhaps mirrored; epochs take turns
     #[arg(long, default_value_t = 2, value_name = "N")]
     pub views: usize,
+    /// Smallest share of a picture's area that a random crop shows; 1: only mirrored
+    #[arg(long, default_value_t = 0.5, value_name = "SHARE")]
+    pub crop_scale: f64,
     /// Share of each class's training pictures that is not trained on, but validated on
     #[arg(long, default_value_t = 0.1, value_name = "SHARE")]
     pub validation: f64,
@@ -83,6 +91,7 @@ impl Recipe {
             (self.epochs, "--epochs"),
             (self.batch, "--batch"),
             (Some(self.views), "--views"),
+            (self.patience, "--patience"),
         ] {
             if count == Some(0) {
                 return Err(Error::Input(format!("{name} must be at least 1")));
@@ -91,7 +100,19 @@ impl Recipe {
         if self.rate.is_some_and(|r| !(r > 0.0 && r.is_finite())) {
             return refuse("--rate must be a positive number");
         }
+        if !(self.crop_scale > 0.0 && self.crop_scale <= 1.0) {
+            return refuse("--crop-scale must be above 0 and at most 1");
+        }
         Ok(())
+    }
+
+    /// The views to train on.
+    pub fn views(&self) -> Views {
+        Views {
+            count: self.views,
+            smallest: self.crop_scale,
+            seed: self.seed,
+        }
     }
 
     /// For `method`: its own defaults where nothing is given.
@@ -101,6 +122,7 @@ impl Recipe {
             epochs: self.epochs.unwrap_or(own.epochs),
             batch: self.batch.unwrap_or(own.batch),
             rate: self.rate.unwrap_or(own.rate),
+            patience: self.patience.unwrap_or(own.patience),
             seed: self.seed,
             ..own
         }
@@ -117,13 +139,20 @@ struct Summary {
     classes: usize,
     skipped: usize,
     #[serde(flatten)]
-    report: Report,
-    test: Option<Test>,
+    figures: Figures,
     /// Of one image, exactly.
     comparison: Comparison,
     rounds: u64,
     online_bytes: [u64; 2],
     dealer_bytes: [u64; 2],
+}
+
+/// How it was trained, and how good it is.
+#[derive(Serialize)]
+struct Figures {
+    #[serde(flatten)]
+    report: Report,
+    test: Option<Test>,
 }
 
 #[derive(Serialize)]
@@ -168,12 +197,12 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         .build(&backbone.config, backbone.variant, backbone.tokens(), labels)?;
     let settings = args.recipe.settings(&method);
     let reads = all_reads(&[&method], layers)?;
-    let (views, seed) = (args.recipe.views, args.recipe.seed);
+    let seed = args.recipe.seed;
     let source = source(&method, &backbone);
     make(&args.out)?;
     let states = args
         .data
-        .states(&pictures, source, &reads, views, seed, &interrupted)?;
+        .states(&pictures, source, &reads, args.recipe.views(), &interrupted)?;
     let (learn, check) = states.split_validation(args.recipe.validation, seed);
 
     let task = Task {
@@ -202,7 +231,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
                 &format!("epoch {}/{}  loss {loss:.3}  {left}", p.epoch, p.epochs),
             );
             if let Some(epoch) = &p.ended {
-                bar.say(&line(p.epoch, epoch));
+                bar.say(&line(p.epoch, epoch, p.best));
             }
         },
         &interrupted,
@@ -210,16 +239,6 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     drop(bar);
     let report = trained.report.clone();
     let classifier = artefact(trained, backbone_of(source), args.data.backbone_name())?;
-    write_json(&args.out.join(REPORT), &report)?;
-    // As `plan` has it unless it is told of a network; what no protocol computes is no adapter.
-    let (comparison, cost) = cost_of_one(&classifier.config.method, &Network::NONE).map_err(|e| {
-        Error::Input(format!(
-            "what was trained cannot be computed privately: {e}; train with more --epochs, another --rate or --attention, to \
-             another --out"
-        ))
-    })?;
-    write_adapter(&args.out, &classifier)?;
-
     let mut test = None;
     if let Some((tested, skipped)) = &tested {
         let float = Arithmetic::Float;
@@ -231,6 +250,17 @@ pub fn run(args: &TrainArgs) -> Result<()> {
             loss: result.loss,
         });
     }
+    let figures = Figures { report, test };
+    write_json(&args.out.join(REPORT), &figures)?;
+    // As `plan` has it unless it is told of a network; what no protocol computes is no adapter.
+    let (comparison, cost) = cost_of_one(&classifier.config.method, &Network::NONE).map_err(|e| {
+        Error::Input(format!(
+            "what was trained cannot be computed privately: {e}; its accuracy is in {}; train with more --epochs, another --rate \
+             or --attention, to another --out",
+            args.out.join(REPORT).display()
+        ))
+    })?;
+    write_adapter(&args.out, &classifier)?;
     let summary = Summary {
         adapter: args.out.clone(),
         learning_curve: args.out.join(CURVE_FILE),
@@ -238,8 +268,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         peft_type: classifier.config.method.peft_type(),
         classes: pictures.classes().len(),
         skipped,
-        report,
-        test,
+        figures,
         comparison,
         rounds: cost.rounds,
         online_bytes: cost.online_bytes,
@@ -261,7 +290,7 @@ pub fn artefact(trained: Trained, backbone: Option<&Backbone>, name: String) -> 
     })
 }
 
-fn line(number: usize, e: &Epoch) -> String {
+fn line(number: usize, e: &Epoch, best: usize) -> String {
     let mut text = format!(
         "epoch {number}: loss {:.4}, accuracy {:.2} %",
         e.train_loss,
@@ -269,26 +298,33 @@ fn line(number: usize, e: &Epoch) -> String {
     );
     if let (Some(loss), Some(accuracy)) = (e.validation_loss, e.validation_accuracy) {
         text += &format!("; validation: loss {loss:.4}, accuracy {:.2} %", 100.0 * accuracy);
+        text += &match best == number {
+            true => ", the best so far".to_owned(),
+            false => format!("; the best is epoch {best}"),
+        };
     }
     text
 }
 
 impl Summary {
     fn text(&self) -> String {
+        let report = &self.figures.report;
         let percent = |share: f64| format!("{:.2} %", 100.0 * share);
         let mut text = format!(
-            "{}: {} trained values, {} pictures in {} views, {:.0} s\naccuracy: training {}",
+            "{}: {} trained values, {} pictures in {} views, {:.0} s\naccuracy after epoch {} of {}: training {}",
             self.peft_type,
-            grouped(self.report.parameters as u64),
-            self.report.pictures,
-            self.report.views,
-            self.report.seconds,
-            percent(self.report.train_accuracy)
+            grouped(report.parameters as u64),
+            report.pictures,
+            report.views,
+            report.seconds,
+            report.epoch,
+            report.curve.len(),
+            percent(report.train_accuracy)
         );
-        if let Some(accuracy) = self.report.validation_accuracy {
+        if let Some(accuracy) = report.validation_accuracy {
             text += &format!(", validation {}", percent(accuracy));
         }
-        if let Some(test) = &self.test {
+        if let Some(test) = &self.figures.test {
             text += &format!(", test {} of {} pictures", percent(test.accuracy), test.pictures);
         }
         text += &format!(
