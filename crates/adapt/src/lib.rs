@@ -8,6 +8,7 @@ mod checkpoint;
 pub mod data;
 mod error;
 pub mod evaluate;
+pub mod language;
 pub mod optim;
 mod plot;
 pub mod pretrain;

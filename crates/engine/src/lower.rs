@@ -11,8 +11,8 @@
 
 use crate::backend::{Activation, Backend, NormSpec, Owner, Party, Range, Revealed, SoftmaxSpec};
 use crate::gates::{Gates, Local, MAX_SCALE, Product, SCALE};
-use crate::series::Series;
 use crate::protocols::{activation, argmax, carried, inverse, normalize, softmax};
+use crate::series::Series;
 use crate::{Error, Result};
 
 impl<G: Gates> Backend for G {
@@ -165,8 +165,7 @@ impl<G: Gates> Backend for G {
     }
 
     fn turns(&self, x: &G::T) -> Result<[G::T; 2]> {
-        let x = at_most(self, x, activation::MAX_INPUT_SCALE)?;
-        let mut both = self.series_of(&x, &Series::turns())?;
+        let mut both = self.series_of(x, &Series::turns())?;
         let cos = both.remove(1);
         Ok([both.remove(0), cos])
     }

@@ -145,11 +145,13 @@ impl Series {
     /// Bits of the modulus for an input of fractional bits `scale`: the period in fixed point is 2^bits.
     pub fn modulus_bits(&self, scale: u32) -> Result<u32> {
         let bits = scale as i32 + self.period_bits;
-        if !(8..=53).contains(&bits) {
+        // A linear term would make the result as fine as the input.
+        let most = if self.linear == 0.0 { 64 } else { 53 };
+        if !(8..=most).contains(&bits) {
             return Err(Error::program(
                 "activation",
                 format!(
-                    "an input of {scale} fractional bits and a period of 2^{} need {bits} bits; 8 to 53 are possible",
+                    "an input of {scale} fractional bits and a period of 2^{} need {bits} bits; 8 to {most} are possible",
                     self.period_bits
                 ),
             ));
@@ -189,19 +191,32 @@ impl Series {
 
     /// cos(k theta_t) and sin(k theta_t) in fixed point for masks `t` modulo 2^bits.
     pub fn deal(&self, t: &[u64], bits: u32) -> Vec<u64> {
-        harmonics::dealt(t, bits, self.harmonics(), self.dealt_scale)
+        let (t, bits) = leading(t, bits);
+        harmonics::dealt(&t, bits, self.harmonics(), self.dealt_scale)
     }
 
     /// The trigonometric part for opened `d` modulo 2^bits, at [`Series::scale`]. Linear in `dealt`: on shares it gives
     /// shares.
     pub fn accumulate(&self, d: &[u64], bits: u32, input_scale: u32, dealt: &[u64]) -> Vec<u64> {
+        let (d, bits) = leading(d, bits);
         harmonics::combine(
-            d,
+            &d,
             bits,
             (&self.cos, &self.sin),
             self.coefficient_scale(input_scale),
             dealt,
         )
+    }
+}
+
+/// Bits of an angle that a double holds.
+const ANGLE_BITS: u32 = 53;
+
+/// The leading bits of angles modulo 2^bits: the difference of two is then off by at most the last bit, 2^-53 of a period.
+fn leading(angles: &[u64], bits: u32) -> (std::borrow::Cow<'_, [u64]>, u32) {
+    match bits.checked_sub(ANGLE_BITS) {
+        None | Some(0) => (angles.into(), bits),
+        Some(cut) => (angles.iter().map(|a| a >> cut).collect(), ANGLE_BITS),
     }
 }
 

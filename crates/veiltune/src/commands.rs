@@ -15,7 +15,7 @@ use veiltune_hub::AdapterConfig;
 use veiltune_nn::Method;
 use veiltune_nn::load::Served;
 use veiltune_wire::pki::{Authority, Credentials, VALIDITY};
-use veiltune_wire::{Error as WireError, Network};
+use veiltune_wire::{Error as WireError, Identity, Network};
 
 use crate::deal::{self, Manifest, private_directory};
 use crate::events::{Classified, Event, Measured};
@@ -27,6 +27,7 @@ use crate::report::{Counts, Seconds, aligned, cost_heading, cost_table, grouped,
 use crate::roles::{self, ClientConfig, Config, DealerConfig, Material, ProviderConfig, Role, Tell};
 use crate::service::Limits;
 use crate::session::{Open, Request};
+use crate::tuning::classify::TextArgs;
 use crate::{Error, Result};
 
 /// What `veiltune keys` takes.
@@ -35,6 +36,9 @@ pub struct KeysArgs {
     /// New directory; gets one folder a role
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
+    /// For the five roles of prompt tuning, instead of the three of classification
+    #[arg(long)]
+    tuning: bool,
 }
 
 /// What the commands on all three machines take.
@@ -84,7 +88,7 @@ impl Service {
 
 /// Where a party has its randomness from.
 #[derive(Args, Debug)]
-#[group(required = true, multiple = false)]
+#[group(multiple = false)]
 struct From {
     /// Address of `veiltune dealer`, HOST:PORT
     #[arg(long, value_name = "ADDR")]
@@ -95,6 +99,16 @@ struct From {
 }
 
 impl From {
+    /// Refuses a call without either.
+    fn given(&self) -> Result<&Self> {
+        match (&self.dealer, &self.material) {
+            (None, None) => Err(Error::Input(
+                "give --dealer the dealer's address, or --material the folder of material".into(),
+            )),
+            _ => Ok(self),
+        }
+    }
+
     fn material(&self, role: Role) -> Material {
         match (&self.dealer, &self.material) {
             (_, Some(dir)) => Material::File(deal::file(dir, role)),
@@ -130,22 +144,27 @@ pub struct ServeArgs {
     /// The public backbone, a folder or a model of the hub; for methods that run it privately [default: the embedded one]
     #[arg(long, value_name = "DIR|MODEL")]
     backbone: Option<String>,
-    /// Images in all that one client may have classified before this service ends, for answers tell something of the adapter
+    /// Images in all that clients may have classified, for answers tell something of the adapter
     #[arg(long, value_name = "N")]
     budget: Option<NonZeroUsize>,
+    /// File to keep the count of --budget in, so that it goes on where it was when the service is started again
+    #[arg(long, value_name = "FILE", requires = "budget")]
+    budget_file: Option<PathBuf>,
 }
 
 /// What `veiltune classify` takes.
 #[derive(Args, Debug)]
 pub struct ClassifyArgs {
     /// PNG or JPEG files, or directories of them
-    #[arg(required = true, value_name = "IMAGE")]
+    #[arg(required_unless_present = "text", value_name = "IMAGE")]
     images: Vec<PathBuf>,
+    #[command(flatten)]
+    text: TextArgs,
     #[command(flatten)]
     machine: Machine,
     /// Address of `veiltune serve`, HOST:PORT
-    #[arg(long, value_name = "ADDR")]
-    provider: String,
+    #[arg(long, value_name = "ADDR", required_unless_present = "text")]
+    provider: Option<String>,
     #[command(flatten)]
     from: From,
     /// Images that share a forward pass, and so its rounds
@@ -183,9 +202,32 @@ pub struct ClassifyArgs {
 
 /// Makes one authority, and a folder of credentials for each role. The authority's key is never written.
 pub fn keys(args: &KeysArgs) -> Result<()> {
-    let roles = [Role::Client, Role::Provider, Role::Dealer];
-    let folder = |role: Role| args.out.join(role.name());
-    if let Some(taken) = roles.map(folder).iter().find(|path| path.exists()) {
+    use crate::tuning::servers::Role as Tuning;
+    let roles: Vec<(&str, Identity, &str)> = match args.tuning {
+        false => [
+            (Role::Client, "classify"),
+            (Role::Provider, "serve"),
+            (Role::Dealer, "dealer"),
+        ]
+        .map(|(role, command)| (role.name(), role.identity(), command))
+        .to_vec(),
+        true => Tuning::ALL
+            .into_iter()
+            .zip([
+                "share",
+                "server --number 0",
+                "server --number 1",
+                "assistant",
+                "tune",
+            ])
+            .map(|(role, command)| (role.name(), role.identity(), command))
+            .collect(),
+    };
+    if let Some(taken) = roles
+        .iter()
+        .map(|r| args.out.join(r.0))
+        .find(|path| path.exists())
+    {
         return Err(Error::Input(format!(
             "{} exists; give --out a new directory, for keys are never overwritten",
             taken.display()
@@ -196,10 +238,10 @@ pub fn keys(args: &KeysArgs) -> Result<()> {
         "keys of one authority, valid for {} days:\n",
         VALIDITY.as_secs() / 86_400
     );
-    for (role, command) in roles.into_iter().zip(["classify", "serve", "dealer"]) {
-        let folder = folder(role);
+    for (name, identity, command) in roles {
+        let folder = args.out.join(name);
         private_directory(&folder).map_err(Error::io(format!("making {}", folder.display())))?;
-        authority.issue(&role.identity())?.save(&folder)?;
+        authority.issue(&identity)?.save(&folder)?;
         text += &format!(
             "{}: to the machine that runs `veiltune {command}`\n",
             folder.display()
@@ -235,9 +277,10 @@ pub fn serve(args: &ServeArgs) -> Result<()> {
         listen: args.service.listen.clone(),
         weights: args.adapter.clone(),
         backbone: args.backbone.clone(),
-        material: args.from.material(Role::Provider),
+        material: args.from.given()?.material(Role::Provider),
         limits,
         budget: args.budget,
+        budget_file: args.budget_file.clone(),
     };
     let adapter = inputs::classifier(args.adapter.as_deref())?.config;
     let config = args.machine.config(adapter, own);
@@ -256,6 +299,11 @@ pub fn serve(args: &ServeArgs) -> Result<()> {
 
 /// The client's machine.
 pub fn classify(args: &ClassifyArgs) -> Result<()> {
+    if args.text.text.is_some() {
+        let Machine { keys, network, wait } = &args.machine;
+        return crate::tuning::classify::run(&args.text, keys, *network, *wait, args.json);
+    }
+    let from = args.from.given()?;
     let progress = Progress::new(args.json);
     let adapter = inputs::adapter_config(args.adapter_config.as_deref())?;
     let preparation = Preparation::new(&adapter, args.backbone.as_deref())?;
@@ -269,7 +317,7 @@ pub fn classify(args: &ClassifyArgs) -> Result<()> {
     let images = NonZeroUsize::new(pictures.len())
         .ok_or_else(|| Error::Input(format!("there are no images, and {skipped} that cannot be read")))?;
     let served = Served::shapes(&adapter.method);
-    let manifest = args.from.material.as_deref().map(Manifest::open).transpose()?;
+    let manifest = from.material.as_deref().map(Manifest::open).transpose()?;
     let batch = match &manifest {
         Some(manifest) => manifest.batch_for(images.get())?,
         None => args.batch.min(images),
@@ -294,8 +342,8 @@ pub fn classify(args: &ClassifyArgs) -> Result<()> {
         batch,
         comparison: request.comparison,
         backbone: args.backbone.clone(),
-        provider: args.provider.clone(),
-        material: args.from.material(Role::Client),
+        provider: args.provider.clone().unwrap_or_default(),
+        material: from.material(Role::Client),
     };
     let config = args.machine.config(adapter, own);
 
@@ -433,7 +481,7 @@ fn play<R>(
         )
         | Error::Engine(EngineError::Wire(WireError::ProgramMismatch { .. })) => Error::Input(format!(
             "{e}; give all three the adapter_config.json of one adapter and the same --network, and client and provider \
-             the same backbone"
+             the same backbone, and both --dealer or both --material"
         )),
         _ => e,
     })

@@ -30,7 +30,10 @@ use crate::{Error, Result};
 
 /// What `veiltune demo` takes.
 #[derive(Args, Debug)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct DemoArgs {
+    #[command(subcommand)]
+    other: Option<Other>,
     /// PNG or JPEG files, or directories of them [default: twenty embedded pictures of Fashion-MNIST]
     ///
     /// A picture's true label is shown where it is known: from `labels.json` beside it (an object from file name to label), or
@@ -72,11 +75,21 @@ pub struct DemoArgs {
     json: bool,
 }
 
+/// The demonstration of the other job.
+#[derive(clap::Subcommand, Debug)]
+enum Other {
+    /// Tune a prompt for a small embedded language model with five processes on this machine
+    Tune(crate::tuning::demo::DemoTuneArgs),
+}
+
 /// Where the roles listen; the system chooses the port.
 const LOOPBACK: &str = "127.0.0.1:0";
 
 /// Runs it.
 pub fn run(args: &DemoArgs) -> Result<()> {
+    if let Some(Other::Tune(args)) = &args.other {
+        return crate::tuning::demo::run(args);
+    }
     let progress = Progress::new(args.json);
     // What is wrong with the input is found before any process is started.
     let inputs = Inputs::open(args)?;
@@ -177,6 +190,7 @@ fn run_privately(args: &DemoArgs, inputs: &Inputs, crew: &mut Crew, progress: &P
         material: material(Role::Provider, &dealer),
         limits: Limits::ONE,
         budget: None,
+        budget_file: None,
     };
     crew.start(Role::Provider, &setup.config(Role::Provider, own)?)?;
     let own = ClientConfig {
@@ -215,11 +229,7 @@ fn run_plainly(inputs: &Inputs, crew: &Crew, progress: &Progress) -> Result<Vec<
     let pictures = &inputs.pictures;
     let b = Plain::new();
     let preparer = inputs.preparation.load()?;
-    let one = Batches {
-        images: 1,
-        batch: NonZeroUsize::MIN,
-    };
-    let program = Classification::public(&inputs.served, one);
+    let program = Classification::public(&inputs.served, Batches::ONE);
     let model = program.load(&b)?;
     let mut results = Vec::with_capacity(pictures.len());
     for i in 0..pictures.len() {

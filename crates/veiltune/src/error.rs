@@ -15,9 +15,18 @@ pub enum Error {
     /// Something that the user gave cannot be used.
     #[error("{0}")]
     Input(String),
+    /// Something that another role asks for is not done here; the text is for that role too.
+    #[error("{0}")]
+    Refused(String),
+    /// A thread of this process panicked.
+    #[error("{0} ended unexpectedly; this is a bug, please report it")]
+    Panicked(&'static str),
     /// A model does not load or does not fit.
     #[error(transparent)]
     Model(#[from] veiltune_nn::Error),
+    /// A file of the model hub's formats cannot be used.
+    #[error(transparent)]
+    Hub(#[from] veiltune_hub::Error),
     /// The private computation failed.
     #[error(transparent)]
     Engine(#[from] veiltune_engine::Error),
@@ -78,12 +87,43 @@ impl Error {
             }
         }
         match self {
-            Error::Input(_) => 2,
+            Error::Input(_) | Error::Refused(_) => 2,
             Error::Model(veiltune_nn::Error::Engine(e)) | Error::Engine(e) => 1 + u8::from(of_file(e)),
             Error::Model(_) => 2,
             Error::Role { code, .. } => *code,
             Error::Interrupted => 130,
             _ => 1,
+        }
+    }
+
+    /// What the other roles are told of it: enough to know who has to act, and nothing of this machine's files and addresses,
+    /// which only this side's own message names.
+    pub fn for_peer(&self) -> String {
+        use veiltune_engine::Error as Engine;
+        use veiltune_wire::Error as Wire;
+        match self {
+            Error::Refused(text) => text.clone(),
+            Error::Wire(wire) | Error::Engine(Engine::Wire(wire)) => match wire {
+                Wire::Unreachable { peer, .. } => format!("it cannot reach {peer}"),
+                Wire::NobodyCame { expected, .. } => format!("{expected} did not call it"),
+                Wire::Io { .. } => "its system failed it".into(),
+                Wire::BadFile { .. } | Wire::Certificate(_) => "its certificates cannot be used".into(),
+                wire => wire.to_string(),
+            },
+            Error::Engine(Engine::File(_) | Engine::Parameter { .. }) => {
+                "a file of its own cannot be used".into()
+            }
+            Error::Engine(Engine::Stopped(phase)) => format!("{phase} failed there"),
+            Error::Engine(_) => "its computation failed".into(),
+            Error::Input(_) | Error::Model(_) | Error::Hub(_) => {
+                "something that it was given cannot be used".into()
+            }
+            Error::Interrupted => "it was interrupted".into(),
+            Error::Io { .. }
+            | Error::Panicked(_)
+            | Error::Role { .. }
+            | Error::Sessions { .. }
+            | Error::Mismatch(_) => "it failed".into(),
         }
     }
 
@@ -118,5 +158,34 @@ impl From<veiltune_adapt::Error> for Error {
             veiltune_adapt::Error::Engine(e) => Error::Engine(e),
             e => Error::Input(e.to_string()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_peer_is_told_what_concerns_it_and_no_paths() {
+        let secret = || "/home/somebody/adapter: damaged".to_owned();
+        let engine = veiltune_engine::Error::File(secret());
+        for e in [
+            Error::Input(secret()),
+            Error::Io {
+                what: secret(),
+                source: io::Error::other("x"),
+            },
+            Error::Engine(engine),
+            Error::Model(veiltune_nn::Error::Config(secret())),
+            Error::Wire(veiltune_wire::Error::BadFile {
+                path: secret(),
+                detail: secret(),
+            }),
+        ] {
+            let told = e.for_peer();
+            assert!(!told.is_empty() && !told.contains('/'), "{told}");
+            assert!(e.to_string().contains("/home"), "{e}");
+        }
+        assert_eq!(Error::Refused("at most 2".into()).for_peer(), "at most 2");
     }
 }

@@ -8,6 +8,7 @@ use veiltune_hub::{AdapterConfig, adapter, files};
 use veiltune_nn::Method;
 use veiltune_nn::load::{Backbone, Classifier};
 
+use crate::learn::Bar;
 use crate::prepare::Preparation;
 use crate::{Error, Result};
 
@@ -190,10 +191,20 @@ fn in_directory(dir: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// The backbone that is meant: a folder (`config.json` and `model.safetensors` or `backbone.safetensors`), a model of the hub,
-/// or the embedded one.
+/// which is downloaded if it is not on this machine, or the embedded one.
 pub fn backbone(name: Option<&str>) -> Result<Backbone> {
+    let found = |name: &str| {
+        let (bar, mut said) = (Bar::new("download"), false);
+        let folder = veiltune_hub::fetch(name, &mut |p| {
+            if !std::mem::replace(&mut said, true) {
+                bar.say(&format!("downloading {name}"));
+            }
+            bar.at(p.done as usize, p.total as usize, p.file);
+        })?;
+        Backbone::open(&folder)
+    };
     match name {
-        Some(name) => Backbone::find(name),
+        Some(name) => found(name),
         None => Backbone::from_bytes(asset!("config.json"), &asset!("backbone.safetensors")[..]),
     }
     .map_err(|e| bad_weights(e, name.map(Path::new), "--backbone"))

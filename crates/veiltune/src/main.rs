@@ -7,6 +7,7 @@ mod deal;
 mod demo;
 mod error;
 mod events;
+mod import;
 mod inputs;
 mod learn;
 mod methods;
@@ -18,6 +19,7 @@ mod report;
 mod roles;
 mod service;
 mod session;
+mod tuning;
 
 use std::io::IsTerminal;
 use std::path::PathBuf;
@@ -76,6 +78,10 @@ enum Command {
     ///
     /// On the test part of the pictures, or on all of them where nothing tells training pictures from test pictures.
     Evaluate(learn::evaluate::EvaluateArgs),
+    /// Take over a LoRA that was trained with the PEFT library, so that it can be evaluated, planned and served
+    ///
+    /// Of a ViT or DeiT image classifier, on queries, keys or values. The pictures are needed to calibrate it.
+    Import(import::ImportArgs),
     /// Say what a run will cost, before anything runs
     ///
     /// Exact rounds and bytes, by operation and by layer, memory, and estimated seconds on three networks with either comparison.
@@ -91,10 +97,24 @@ enum Command {
     ///
     /// Learns nothing of the images or of their labels. A client that fails or vanishes ends its own session only.
     Serve(commands::ServeArgs),
-    /// Classify images with an adapter that another machine serves
+    /// Classify images with an adapter that another machine serves, or texts with a tuned prompt
     ///
-    /// The backbone runs here, in the clear. Only this machine learns the labels.
+    /// The backbone of images runs here, in the clear; texts (--text) go in shares to the two servers of `veiltune tune`. Only this
+    /// machine learns the labels.
     Classify(commands::ClassifyArgs),
+    /// Share a language model between two servers, so that others can tune prompts on it and nobody sees it
+    ///
+    /// Once: the servers keep their shares, encrypted. The assistant must run too.
+    Share(tuning::commands::ShareArgs),
+    /// Compute on shares of a language model and of texts, one of two servers
+    Server(tuning::commands::ComputeArgs),
+    /// Deal randomness to two servers; sees neither models nor texts
+    Assistant(tuning::commands::ServerArgs),
+    /// Tune a prompt for a language model that two servers have in shares, with texts that nobody else sees
+    ///
+    /// By forward passes alone (CMA-ES, black-box tuning). With --model and without --servers the same in the clear, for who has
+    /// the model: to measure what a private run will reach. An interrupted run goes on when the same command is given again.
+    Tune(tuning::tune::TuneArgs),
     /// Measure single operations of the protocols, or whole adapters
     #[command(subcommand)]
     Bench(Bench),
@@ -115,6 +135,8 @@ enum Bench {
     Ops(bench::ops::OpsArgs),
     /// Time, traffic and accuracy of an adapter's private part, on random weights of true shapes
     Adapter(bench::adapter::AdapterArgs),
+    /// Time, traffic and error of a whole language model's forward pass, on random weights of true shapes
+    Encoder(bench::encoder::EncoderArgs),
 }
 
 fn main() -> ExitCode {
@@ -139,13 +161,19 @@ fn main() -> ExitCode {
         Command::Train(args) => learn::told(learn::train::run(args)),
         Command::Search(args) => learn::told(learn::search::run(args)),
         Command::Evaluate(args) => learn::told(learn::evaluate::run(args)),
+        Command::Import(args) => (import::run(args), false),
         Command::Plan(args) => (planning::run(args), false),
         Command::Keys(args) => (commands::keys(args), false),
         Command::Dealer(args) => (commands::dealer(args), false),
         Command::Serve(args) => (commands::serve(args), false),
         Command::Classify(args) => (commands::classify(args), false),
+        Command::Share(args) => (tuning::commands::owner(args), false),
+        Command::Server(args) => (tuning::commands::server(args), false),
+        Command::Assistant(args) => (tuning::commands::assistant(args), false),
+        Command::Tune(args) => (tuning::tune::run(args), false),
         Command::Bench(Bench::Ops(args)) => (bench::ops::run(args).map_err(Error::from), false),
         Command::Bench(Bench::Adapter(args)) => (bench::adapter::run(args), false),
+        Command::Bench(Bench::Encoder(args)) => (bench::encoder::run(args), false),
         // A role tells the process that started it.
         Command::Role { role, config } => (roles::run(*role, config), true),
     };

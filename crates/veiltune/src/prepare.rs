@@ -94,50 +94,65 @@ impl Preparation {
 
     /// Ready to prepare pictures.
     pub fn load(&self) -> Result<Preparer<'_>> {
-        let vit = match self {
-            Preparation::Backbone { backbone, .. } => Some(backbone.load(&Plain::new()).map_err(|e| {
-                Error::Input(format!("{e}; give a complete, undamaged backbone to --backbone"))
-            })?),
-            Preparation::Pixels { .. } => None,
-        };
-        Ok(Preparer { how: self, vit })
+        Ok(match self {
+            Preparation::Backbone { backbone, reads } => {
+                let vit = backbone.load(&Plain::new()).map_err(|e| {
+                    Error::Input(format!("{e}; give a complete, undamaged backbone to --backbone"))
+                })?;
+                Preparer::Backbone {
+                    reads,
+                    config: &backbone.config,
+                    vit: Box::new(vit),
+                }
+            }
+            Preparation::Pixels { vit, .. } => Preparer::Pixels { vit },
+        })
     }
 }
 
 /// A preparation with its weights in memory.
-pub struct Preparer<'a> {
-    how: &'a Preparation,
-    vit: Option<Vit<Plain>>,
+pub enum Preparer<'a> {
+    /// As [`Preparation::Backbone`].
+    Backbone {
+        /// What is read of the hidden states.
+        reads: &'a [Read],
+        /// The backbone's shape.
+        config: &'a VitConfig,
+        /// The backbone.
+        vit: Box<Vit<Plain>>,
+    },
+    /// As [`Preparation::Pixels`].
+    Pixels {
+        /// The model's shape.
+        vit: &'a VitConfig,
+    },
+}
+
+fn hidden(state: State) -> Option<usize> {
+    match state {
+        State::Hidden(index) => Some(index),
+        State::Patches => None,
+    }
 }
 
 impl Preparer<'_> {
     /// What the private part reads of one picture.
     pub fn inputs(&self, pixels: &[f32]) -> Result<Inputs> {
-        let (reads, vit) = match (self.how, &self.vit) {
-            (Preparation::Backbone { reads, .. }, Some(vit)) => (reads, vit),
-            (Preparation::Pixels { vit, .. }, _) => return Ok(vec![patches(pixels, vit)]),
-            (Preparation::Backbone { .. }, None) => return Err(Error::Input("no backbone is loaded".into())),
+        let (reads, config, vit) = match self {
+            Preparer::Backbone { reads, config, vit } => (reads, config, vit),
+            Preparer::Pixels { vit } => return Ok(vec![patches(pixels, vit)]),
         };
         let b = Plain::new();
-        let dims = match self.how.backbone() {
-            Some(backbone) => [
-                1,
-                backbone.config.num_channels,
-                backbone.config.image_size,
-                backbone.config.image_size,
-            ],
-            None => [0; 4],
-        };
-        let states = vit.forward(&b, &b.input(Owner::Public, &dims, Some(pixels))?)?;
+        let dims = [1, config.num_channels, config.image_size, config.image_size];
+        let image = b.input(Owner::Public, &dims, Some(pixels))?;
+        // Later blocks are not run: a method that runs the backbone privately reads only the embedding.
+        let last = reads.iter().filter_map(|read| hidden(read.state)).max();
+        let states = vit.forward_to(&b, &image, last.unwrap_or(0))?;
         let read = |read: &Read| -> Result<Vec<f32>> {
-            let State::Hidden(index) = read.state else {
-                return Err(Error::Input(
-                    "an adapter that reads both pixels and hidden states".into(),
-                ));
-            };
-            let state = states
-                .get(index)
-                .ok_or_else(|| EngineError::program("hidden states", format!("there is no state {index}")))?;
+            let state = hidden(read.state).and_then(|index| states.get(index));
+            let state = state.ok_or_else(|| {
+                EngineError::program("hidden states", format!("there is no {:?}", read.state))
+            })?;
             let values = b
                 .reveal(&read.prepare(&b, state)?, CLIENT)?
                 .map_or_else(Vec::new, |r| r.values);
@@ -192,9 +207,14 @@ fn check_fit(backbone: &Backbone, method: &Method) -> Result<()> {
 /// first are classified.
 const HELD: usize = 256 << 20;
 
+/// What the thread does that prepares pictures.
+const PREPARING: &str = "preparing the pictures";
+
 /// Pictures being prepared, for one session.
 pub struct Stream {
     ready: Mutex<Receiver<Result<Inputs>>>,
+    /// Why a picture could not be prepared, where this came late: the peer is not told names of files.
+    failed: Mutex<Option<Error>>,
     /// Who uses the values; elsewhere shapes are enough.
     reader: ThreadId,
 }
@@ -209,8 +229,11 @@ impl Images for Stream {
         let ready = self.ready.lock().unwrap_or_else(|e| e.into_inner());
         let next = |_| match ready.recv() {
             Ok(Ok(inputs)) => Ok(inputs),
-            Ok(Err(e)) => Err(EngineError::File(e.to_string())),
-            Err(_) => Err(EngineError::Stopped("preparing the pictures")),
+            Ok(Err(e)) => {
+                *self.failed.lock().unwrap_or_else(|e| e.into_inner()) = Some(e);
+                Err(EngineError::File("a picture could not be prepared".into()))
+            }
+            Err(_) => Err(EngineError::Stopped(PREPARING)),
         };
         let images = images.map(next).collect::<Result<Vec<_>, _>>()?;
         Ok(Some(together(images.iter())))
@@ -238,7 +261,7 @@ pub fn prepared<T>(
     let preparer = preparation.load()?;
     thread::scope(|scope| {
         let spent = &spent;
-        scope.spawn(move || {
+        let preparing = scope.spawn(move || {
             for i in 0..pictures.len() {
                 let made = pictures.load(i, preparation).and_then(|pixels| {
                     let start = Instant::now();
@@ -260,15 +283,28 @@ pub fn prepared<T>(
                 progress(i + 1);
             }
         });
-        if let Ok(Some(e)) = begun.recv() {
-            return Err(e);
-        }
-        // Dropped before the thread is waited for, which then ends.
-        let stream = Stream {
-            ready: Mutex::new(ready),
-            reader: thread::current().id(),
+        let result = match begun.recv() {
+            Ok(None) => {
+                // Dropped before the thread is waited for, which then ends.
+                let stream = Stream {
+                    ready: Mutex::new(ready),
+                    failed: Mutex::default(),
+                    reader: thread::current().id(),
+                };
+                let result = work(&stream, &|| *spent.lock().unwrap_or_else(|e| e.into_inner()));
+                match stream.failed.into_inner().unwrap_or_else(|e| e.into_inner()) {
+                    Some(e) => Err(e),
+                    None => result,
+                }
+            }
+            Ok(Some(e)) => Err(e),
+            // It ended without a word.
+            Err(_) => Err(EngineError::Stopped(PREPARING).into()),
         };
-        work(&stream, &|| *spent.lock().unwrap_or_else(|e| e.into_inner()))
+        match preparing.join() {
+            Ok(()) => result,
+            Err(_) => Err(Error::Panicked(PREPARING)),
+        }
     })
 }
 
@@ -276,6 +312,30 @@ pub fn prepared<T>(
 mod tests {
     use super::*;
     use veiltune_nn::vit::HiddenAct;
+
+    #[test]
+    fn a_preparation_that_panics_is_an_error_and_nothing_begins() {
+        let adapter = inputs::classifier(None).unwrap().config;
+        let preparation = Preparation::new(&adapter, None).unwrap();
+        let begun = std::cell::Cell::new(false);
+        let work = |_: &Stream, _: &dyn Fn() -> Duration| {
+            begun.set(true);
+            Ok(())
+        };
+        let panics = |done| assert!(done < 3, "on purpose");
+        let all = prepared(
+            &preparation,
+            &Pictures::Embedded,
+            &adapter.method,
+            8,
+            panics,
+            work,
+        );
+        assert!(matches!(all, Err(Error::Panicked(_))), "{all:?}");
+        assert!(!begun.get());
+        prepared(&preparation, &Pictures::Embedded, &adapter.method, 8, drop, work).unwrap();
+        assert!(begun.get());
+    }
 
     #[test]
     fn patches_are_those_of_the_backbones_embedding() {

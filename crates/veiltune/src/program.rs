@@ -55,6 +55,12 @@ pub struct Batches {
 }
 
 impl Batches {
+    /// A single picture.
+    pub const ONE: Batches = Batches {
+        images: 1,
+        batch: NonZeroUsize::MIN,
+    };
+
     /// Number of passes.
     pub fn passes(self) -> usize {
         self.images.div_ceil(self.batch.get())

@@ -99,8 +99,10 @@ pub struct ProviderConfig {
     pub material: Material,
     /// For whom.
     pub limits: Limits,
-    /// Images in all of each client, over all sessions; None: any number.
+    /// Images in all, over all sessions; None: any number.
     pub budget: Option<NonZeroUsize>,
+    /// Where their count is kept, so that it outlives the service.
+    pub budget_file: Option<PathBuf>,
 }
 
 /// The dealer's part.
@@ -123,6 +125,14 @@ pub enum Material {
 }
 
 impl Material {
+    /// What a party tells the other of it.
+    pub fn source(&self) -> &'static str {
+        match self {
+            Material::Dealer(_) => "; material from a dealer",
+            Material::File(_) => "; material from files",
+        }
+    }
+
     /// Refuses a file that is not there, before anybody is called.
     fn check(&self) -> Result<()> {
         match self {
@@ -218,7 +228,7 @@ pub fn client(c: &Config<ClientConfig>, tell: Tell, open: &Open) -> Result<()> {
                 images: Some(inputs),
                 ..request.program(&served)
             };
-            let session = Session::new(&station, Role::Client, id, request, &served)?;
+            let session = Session::new(&station, Role::Client, id, request, Some(&own.material), &served)?;
             session.guard(|| {
                 dealer
                     .iter()
@@ -228,7 +238,7 @@ pub fn client(c: &Config<ClientConfig>, tell: Tell, open: &Open) -> Result<()> {
                 session.greet(Role::Provider, &provider)?;
                 provider.recv(&mut READY.clone())?;
                 dealer.iter().try_for_each(|link| link.send(READY.to_vec()))?;
-                let material = session.material(CLIENT, &own.material, dealer.clone())?;
+                let material = session.material(CLIENT, dealer.clone())?;
                 let report = session.compute(CLIENT, &provider, material, &program, |i, logits| {
                     if let Some(result) = Classified::new(i, logits) {
                         tell(Event::Classified(result));
@@ -267,12 +277,19 @@ pub fn provider(c: &Config<ProviderConfig>, tell: Tell, open: &Open) -> Result<(
     drop((classifier, backbone));
     let (station, budget) = (
         Station::new(Role::Provider, c, fingerprint, tell, open)?,
-        Budget::new(own.budget),
+        Budget::open(own.budget, own.budget_file.clone())?,
     );
 
     let play = |client: Arc<dyn Link>| {
         let (id, request) = welcome(&client, &own.limits)?;
-        let session = Session::new(&station, Role::Provider, id, request, &served)?;
+        let session = Session::new(
+            &station,
+            Role::Provider,
+            id,
+            request,
+            Some(&own.material),
+            &served,
+        )?;
         session.guard(|| {
             session.greet(Role::Client, &client)?;
             let dealer = match &own.material {
@@ -285,12 +302,12 @@ pub fn provider(c: &Config<ProviderConfig>, tell: Tell, open: &Open) -> Result<(
                 Material::File(_) => None,
             };
             // Before anything is revealed, but not for a session that the dealer has refused.
-            budget.spend(client.peer().as_str(), request.batches.images)?;
+            budget.spend(request.batches.images)?;
             client.send(READY.to_vec())?;
             dealer
                 .iter()
                 .try_for_each(|link| session.greet(Role::Dealer, link))?;
-            let material = session.material(PROVIDER, &own.material, dealer)?;
+            let material = session.material(PROVIDER, dealer)?;
             let program = request.program(&served);
             let report = session.compute(PROVIDER, &client, material, &program, |_, _| {})?;
             tell(Event::Finished(Measured::new(
@@ -317,7 +334,7 @@ pub fn dealer(c: &Config<DealerConfig>, tell: Tell, open: &Open) -> Result<()> {
     let play = |client: Arc<dyn Link>| {
         let (_, request) = welcome(&client, limits)?;
         let id = new_session()?;
-        let session = Session::new(&station, Role::Dealer, id, request, &served)?;
+        let session = Session::new(&station, Role::Dealer, id, request, None, &served)?;
         // A place for the provider, which calls as soon as the client has told it the number.
         let (send, arrival) = sync_channel(1);
         waiting().insert(id, send);
@@ -328,7 +345,7 @@ pub fn dealer(c: &Config<DealerConfig>, tell: Tell, open: &Open) -> Result<()> {
             client.recv(&mut READY.clone())?;
             let provider = arrival
                 .recv_timeout(station.wait())
-                .map_err(|_| Error::Input("no provider joined the session".into()))?;
+                .map_err(|_| Error::Refused("no provider joined the session".into()))?;
             session.greet(Role::Provider, &provider)?;
             let links = [client.clone(), provider];
             let program = request.program(&served);
@@ -350,8 +367,8 @@ pub fn dealer(c: &Config<DealerConfig>, tell: Tell, open: &Open) -> Result<()> {
         let joined = session.filter(|_| provider.send(READY.to_vec()).is_ok());
         let joined = joined.and_then(|session| session.send(provider.clone()).ok());
         joined.ok_or_else(|| {
-            let e = Error::Input("no client waits for this provider's session".into());
-            provider.abort(&e.to_string());
+            let e = Error::Refused("no client waits for this provider's session".into());
+            provider.abort(&e.for_peer());
             e
         })
     };
@@ -370,11 +387,11 @@ const READY: [u8; 1] = [1];
 /// Hears what a caller asks for, who is told if it is too much.
 fn welcome(link: &Arc<dyn Link>, limits: &Limits) -> Result<(SessionId, Request)> {
     let asked = Request::receive(link).and_then(|asked| limits.check(&asked.1).map(|()| asked));
-    asked.inspect_err(|e| link.abort(&e.to_string()))
+    asked.inspect_err(|e| link.abort(&e.for_peer()))
 }
 
 /// Ends this process when the one that started it is gone: nothing else holds its standard input open.
-fn end_with_parent() {
+pub fn end_with_parent() {
     thread::spawn(|| {
         let _ = std::io::copy(&mut std::io::stdin().lock(), &mut std::io::sink());
         // Nobody is left to tell why.

@@ -1,12 +1,13 @@
 //! Session after session: what provider and dealer have in common as services.
 
-use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 use serde::{Deserialize, Serialize};
+use veiltune_hub::files;
 use veiltune_wire::Link;
 use veiltune_wire::tcp::Listener;
 
@@ -40,7 +41,7 @@ impl Limits {
     pub fn check(&self, request: &Request) -> Result<()> {
         let asked = request.batches;
         let refuse = |limit: NonZeroUsize, what: &str, asked: usize| {
-            Err(Error::Input(format!(
+            Err(Error::Refused(format!(
                 "at most {limit} images a {what} are served here, {asked} are asked for"
             )))
         };
@@ -52,40 +53,61 @@ impl Limits {
     }
 }
 
-/// How many images each client may still have classified.
-#[derive(Default)]
+/// How many images clients may still have classified. All clients have certificates of one name, so there is one count.
 pub struct Budget {
-    /// Of each client, over the life of the service.
-    pub each: Option<NonZeroUsize>,
-    spent: Mutex<BTreeMap<String, usize>>,
+    limit: Option<NonZeroUsize>,
+    spent: Mutex<usize>,
+    /// Where the count is kept, so that it outlives the service.
+    file: Option<PathBuf>,
+}
+
+/// The content of a budget's file.
+#[derive(Serialize, Deserialize)]
+struct Spent {
+    images: usize,
 }
 
 impl Budget {
-    /// `each` images for every client; None: any number.
-    pub fn new(each: Option<NonZeroUsize>) -> Budget {
-        Budget {
-            each,
-            spent: Mutex::default(),
-        }
+    /// `limit` images in all; None: any number. What `file` says is already spent; one that is not there yet says nothing is.
+    pub fn open(limit: Option<NonZeroUsize>, file: Option<PathBuf>) -> Result<Budget> {
+        let spent = match &file {
+            Some(path) if path.exists() => {
+                files::read_json::<Spent>(path)
+                    .map_err(|e| {
+                        Error::Input(format!(
+                            "{e}; give a file that an earlier `serve` wrote to --budget-file"
+                        ))
+                    })?
+                    .images
+            }
+            _ => 0,
+        };
+        Ok(Budget {
+            limit,
+            spent: Mutex::new(spent),
+            file,
+        })
     }
 
-    /// Takes from what `client` has. It is spent once the session begins, for a client that vanishes may have learned logits.
-    pub fn spend(&self, client: &str, images: usize) -> Result<()> {
-        let Some(each) = self.each else {
+    /// Takes from what is left. It is spent once the session begins, for a client that vanishes may have learned logits.
+    pub fn spend(&self, images: usize) -> Result<()> {
+        let Some(limit) = self.limit else {
             return Ok(());
         };
         let mut spent = self.spent.lock().unwrap_or_else(PoisonError::into_inner);
-        let spent = spent.entry(client.into()).or_default();
-        match each.get().checked_sub(*spent) {
-            Some(left) if images <= left => {
-                *spent += images;
-                Ok(())
-            }
-            left => Err(Error::Input(format!(
-                "{client} may have {} more images classified here, {images} are asked for",
-                left.unwrap_or(0)
-            ))),
+        let left = limit.get().saturating_sub(*spent);
+        if images > left {
+            return Err(Error::Refused(format!(
+                "{left} more images may be classified here, {images} are asked for"
+            )));
         }
+        if let Some(path) = &self.file {
+            // Before anything is answered; what cannot be counted is not served.
+            let images = *spent + images;
+            files::write_json(path, &Spent { images }).map_err(|e| Error::Input(e.to_string()))?;
+        }
+        *spent += images;
+        Ok(())
     }
 }
 
@@ -93,7 +115,7 @@ impl Budget {
 pub type Play<'a> = &'a (dyn Fn(Arc<dyn Link>) -> Result<()> + Sync);
 
 /// Accepts calls, and plays each client's session on a thread of its own. A provider that calls is handed to `join`, if that
-/// is given. A session that fails is told of, and ends alone.
+/// is given. Of either there are at most `limits.parallel` at a time. A session that fails is told of, and ends alone.
 ///
 /// # Errors
 /// How the session failed, if there was to be only one; that some have, if there were to be more.
@@ -104,7 +126,7 @@ pub fn serve(
     play: Play,
     join: Option<Play>,
 ) -> Result<()> {
-    let active = AtomicUsize::new(0);
+    let (active, joining) = (AtomicUsize::new(0), AtomicUsize::new(0));
     // How many sessions failed, and how the last did: a service may run for long.
     let failures = Mutex::new((0, None));
     let only = limits.sessions == Some(NonZeroUsize::MIN);
@@ -122,20 +144,27 @@ pub fn serve(
                 continue;
             };
             let from = link.peer().clone();
+            let limit = limits.parallel.get();
+            // There are never more sessions that wait for their providers.
+            let join = join.filter(|_| from == Role::Provider.identity());
+            let others = if join.is_some() { &joining } else { &active };
             match join {
-                Some(join) if from == Role::Provider.identity() => {
+                _ if others.load(SeqCst) >= limit => {
+                    let busy = format!("busy with {limit} other sessions; try again later");
+                    tracing::warn!("sent {from} away: {busy}");
+                    link.abort(&busy);
+                }
+                Some(join) => {
+                    joining.fetch_add(1, SeqCst);
+                    let joining = Ended(&joining);
                     scope.spawn(move || {
+                        let _joining = joining;
                         if let Err(e) = join(link) {
                             tracing::warn!("sent {from} away: {e}");
                         }
                     });
                 }
-                _ if active.load(SeqCst) >= limits.parallel.get() => {
-                    let busy = format!("busy with {} other sessions; try again later", limits.parallel);
-                    tracing::warn!("sent {from} away: {busy}");
-                    link.abort(&busy);
-                }
-                _ => {
+                None => {
                     begun += 1;
                     active.fetch_add(1, SeqCst);
                     let (active, failures) = (Ended(&active), &failures);
@@ -160,7 +189,7 @@ pub fn serve(
     }
 }
 
-/// Counts a session out, however it ended.
+/// Counts a session or a caller out, however it ended.
 struct Ended<'a>(&'a AtomicUsize);
 
 impl Drop for Ended<'_> {
@@ -174,14 +203,29 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_budget_is_of_each_client_and_is_never_exceeded() {
-        let budget = Budget::new(NonZeroUsize::new(5));
-        budget.spend("one", 3).unwrap();
-        let e = budget.spend("one", 3).unwrap_err().to_string();
-        assert!(e.contains("2 more images"), "{e}");
-        budget.spend("other", 5).unwrap();
-        budget.spend("one", 2).unwrap();
-        assert!(budget.spend("one", 1).is_err() && budget.spend("other", usize::MAX).is_err());
-        Budget::new(None).spend("one", usize::MAX).unwrap();
+    fn a_budget_is_never_exceeded_and_outlives_the_service() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("spent.json");
+        let open = |file: Option<&PathBuf>| Budget::open(NonZeroUsize::new(5), file.cloned());
+        let budget = open(Some(&file)).unwrap();
+        budget.spend(3).unwrap();
+        let e = budget.spend(3).unwrap_err();
+        assert!(
+            e.to_string().contains("2 more images") && e.for_peer() == e.to_string(),
+            "{e}"
+        );
+
+        let budget = open(Some(&file)).unwrap();
+        assert!(budget.spend(3).is_err() && budget.spend(usize::MAX).is_err());
+        budget.spend(2).unwrap();
+        assert!(budget.spend(1).is_err() && open(Some(&file)).unwrap().spend(1).is_err());
+
+        std::fs::write(&file, "[]").unwrap();
+        let e = open(Some(&file)).err().unwrap().to_string();
+        assert!(e.contains("spent.json") && e.contains("--budget-file"), "{e}");
+        // What cannot be counted is not served.
+        let nowhere = file.join("spent.json");
+        assert!(open(Some(&nowhere)).unwrap().spend(1).is_err());
+        Budget::open(None, None).unwrap().spend(usize::MAX).unwrap();
     }
 }

@@ -13,7 +13,7 @@ use std::time::Duration;
 use sha2::{Digest, Sha256};
 use veiltune_engine::material::{DealId, FileSource, Label, Source};
 use veiltune_engine::session::{MaterialFrom, PartySession, Plan, Report};
-use veiltune_engine::{Comparison, Party, Result as EngineResult};
+use veiltune_engine::{Comparison, Error as EngineError, Party, Result as EngineResult};
 use veiltune_hub::AdapterConfig;
 use veiltune_nn::Method;
 use veiltune_nn::load::{Backbone, Served};
@@ -94,7 +94,7 @@ impl Request {
     pub fn receive(link: &dyn Link) -> Result<(SessionId, Request)> {
         let mut message = [0; CALL];
         link.recv(&mut message)?;
-        let refuse = |why: &str| Err(Error::Input(format!("{} asks for {why}", link.peer())));
+        let refuse = |why: &str| Err(Error::Refused(format!("{} asks for {why}", link.peer())));
         let number = |at: usize| {
             let bytes: [u8; 8] = message[at..][..8].try_into().expect("eight bytes");
             usize::try_from(u64::from_le_bytes(bytes))
@@ -238,6 +238,8 @@ pub struct Session<'a> {
     role: Role,
     id: SessionId,
     request: Request,
+    /// Where this party's material comes from; None at the dealer.
+    material: Option<&'a Material>,
     plan: Plan,
     links: Mutex<Vec<Arc<dyn Link>>>,
 }
@@ -249,6 +251,7 @@ impl<'a> Session<'a> {
         role: Role,
         id: SessionId,
         request: Request,
+        material: Option<&'a Material>,
         served: &Served,
     ) -> Result<Session<'a>> {
         Ok(Session {
@@ -256,6 +259,7 @@ impl<'a> Session<'a> {
             role,
             id,
             request,
+            material,
             plan: request.program(served).plan()?,
             links: Mutex::default(),
         })
@@ -265,7 +269,7 @@ impl<'a> Session<'a> {
     pub fn guard<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
         work().inspect_err(|e| {
             let links = self.links.lock().unwrap_or_else(PoisonError::into_inner).clone();
-            links.iter().for_each(|link| link.abort(&e.to_string()));
+            links.iter().for_each(|link| link.abort(&e.for_peer()));
         })
     }
 
@@ -286,15 +290,19 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    /// What this role has in common with `peer`. The dealer has no backbone.
+    /// What this role has in common with `peer`. The dealer has no backbone. Parties that have their material from different
+    /// sources find out here, before any of it is consumed.
     fn configuration(&self, peer: Role) -> String {
         let (adapter, Batches { images, batch }) = (self.station.adapter, self.request.batches);
-        let backbone = match self.role == Role::Dealer || peer == Role::Dealer {
-            true => adapter.base_model_sha256.as_deref().map_or("any".into(), short),
-            false => self.station.backbone.clone(),
+        let (backbone, material) = match self.material {
+            Some(material) if peer != Role::Dealer => (self.station.backbone.clone(), material.source()),
+            _ => (
+                adapter.base_model_sha256.as_deref().map_or("any".into(), short),
+                "",
+            ),
         };
         format!(
-            "{}, {} classes, adapter {}, backbone {backbone}; {images} images, {batch} a pass; network {}; {:?}",
+            "{}, {} classes, adapter {}, backbone {backbone}; {images} images, {batch} a pass; network {}; {:?}{material}",
             adapter.method.peft_type(),
             adapter.method.labels().len(),
             public_hash(adapter),
@@ -304,10 +312,10 @@ impl<'a> Session<'a> {
     }
 
     /// The dealer's stream, or the file, which is then gone.
-    pub fn material(&self, party: Party, from: &Material, dealer: Option<Arc<dyn Link>>) -> Result<Supply> {
+    pub fn material(&self, party: Party, dealer: Option<Arc<dyn Link>>) -> Result<Supply> {
         let taken = Arc::new(AtomicU64::new(0));
-        let from = match (from, dealer) {
-            (Material::File(path), _) => {
+        let from = match (self.material, dealer) {
+            (Some(Material::File(path)), _) => {
                 let (source, seed) = FileSource::open(
                     path,
                     &Label {
@@ -323,10 +331,8 @@ impl<'a> Session<'a> {
                     seed,
                 )
             }
-            (Material::Dealer(_), Some(link)) => MaterialFrom::Dealer(link),
-            (Material::Dealer(address), None) => {
-                return Err(Error::Input(format!("no link to the dealer at {address}")));
-            }
+            (_, Some(link)) => MaterialFrom::Dealer(link),
+            (_, None) => return Err(Error::Input("there is no link to a dealer".into())),
         };
         Ok(Supply { from, taken })
     }
@@ -441,7 +447,11 @@ struct Counted {
 impl Source for Counted {
     fn take(&mut self, buf: &mut [u8]) -> EngineResult<()> {
         self.taken.fetch_add(buf.len() as u64, Relaxed);
-        self.source.take(buf)
+        self.source.take(buf).map_err(|e| {
+            // The peer is told what ends a session, but no names of files.
+            tracing::error!("{e}");
+            EngineError::File("the material could not be read".into())
+        })
     }
 
     fn deal(&self) -> DealId {

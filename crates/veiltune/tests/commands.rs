@@ -231,11 +231,12 @@ fn kill(signal: &str, child: &Child) {
 #[cfg(unix)]
 fn a_service_outlives_its_clients_and_ends_when_it_is_interrupted() {
     let keys = keys();
+    let spent = keys.path().join("spent.json");
     let servers = servers_of(
         keys.path(),
         &assets().join("adapter"),
         &["--max-images", "600", "--parallel", "1"],
-        &["--budget", "610"],
+        &["--budget", "610", "--budget-file", spent.to_str().unwrap()],
     );
     let labels = |answer: Value| -> Vec<Value> {
         answer["results"]
@@ -287,6 +288,8 @@ fn a_service_outlives_its_clients_and_ends_when_it_is_interrupted() {
     let [mut dealer, mut provider] = servers;
     kill("-INT", &provider.child);
     assert_eq!(provider.ended().code(), Some(130));
+    let spent: Value = serde_json::from_slice(&fs::read(&spent).unwrap()).unwrap();
+    assert_eq!(spent["images"], 606);
     kill("-TERM", &dealer.child);
     assert_eq!(dealer.ended().code(), Some(130));
     let [dealer, provider] = [dealer, provider].map(Server::end);
@@ -359,6 +362,47 @@ fn material_from_files_serves_one_session_without_a_dealer() {
         .args(material)
         .args(pictures(&PICTURES[..2])))
     .explains(2, &["exactly once"]);
+}
+
+#[test]
+fn parties_with_material_from_different_sources_are_told_and_consume_none() {
+    let keys = keys();
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("material");
+    let dealt = run(veiltune().args(["deal", "--images", "1", "--out"]).arg(&out));
+    assert!(dealt.status.success(), "{}", dealt.stderr);
+    let files = || {
+        let mut names: Vec<_> = fs::read_dir(&out)
+            .unwrap()
+            .map(|e| e.unwrap().file_name())
+            .collect();
+        names.sort();
+        names
+    };
+    let (before, file) = (files(), ["--material", out.to_str().unwrap()]);
+    let dealer = Server::start("dealer", keys.path(), "dealer", &[]);
+    let streamed = ["--dealer", &*dealer.address];
+    for (serve, classify) in [(file, streamed), (streamed, file)] {
+        let provider = Server::start(
+            "serve",
+            keys.path(),
+            "provider",
+            &[&serve[..], &["--sessions", "1"]].concat(),
+        );
+        run(veiltune()
+            .args(["classify", "--json", "--provider", &*provider.address, "--keys"])
+            .arg(keys.path().join("client"))
+            .args(classify)
+            .args(pictures(&PICTURES[..1])))
+        .explains(
+            2,
+            &["from a dealer", "from files", "both --dealer or both --material"],
+        );
+        let end = provider.end();
+        assert_eq!(end.status.code(), Some(2), "{}", end.stderr);
+        assert!(end.stderr.contains("both --material"), "{}", end.stderr);
+        assert_eq!(files(), before);
+    }
 }
 
 #[test]

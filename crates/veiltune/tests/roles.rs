@@ -14,7 +14,8 @@ use common::{LIMIT, assets, pictures, veiltune, wait_for};
 use serde_json::{Value, json};
 use veiltune_hub::AdapterConfig;
 use veiltune_nn::{Method, load::Classifier};
-use veiltune_wire::{Identity, pki::Authority};
+use veiltune_wire::pki::{Authority, Credentials};
+use veiltune_wire::{Identity, Link, Options, tcp};
 
 /// The set-up of a run, of which each test starts the roles it needs.
 struct World {
@@ -285,6 +286,63 @@ fn parties_of_different_dealers_never_begin() {
     // One has sent the provider away, the other's client has gone.
     assert!(end_with_input(one).log.contains(complaint));
     other.end(PROMPTLY).explains(&["client"]);
+}
+
+/// Of a failure the others learn who has to act; the path is for this side alone.
+#[test]
+fn no_role_is_told_of_files_at_another() {
+    let world = World::new();
+    let dealer = world.dealer();
+    let dealer_at = dealer.address();
+    let file = world.dir.path().join("provider.material");
+    std::fs::write(&file, "damaged").unwrap();
+    let mut config = world.provider_config(&dealer_at);
+    config["own"]["material"] = json!({"file": file});
+    let provider = world.play("provider", config);
+    let other = world.dir.path().join("client.material");
+    std::fs::write(&other, "damaged").unwrap();
+    let mut config = world.client_config(&provider.address(), &dealer_at);
+    config["own"]["material"] = json!({"file": other});
+    let ends = [world.play("client", config), provider].map(|player| player.end(PROMPTLY));
+    let message = |end: &Ending| {
+        let failed = end.events.last().unwrap();
+        assert_eq!(failed["event"], "failed");
+        failed["message"].as_str().unwrap().to_owned()
+    };
+    // Whoever was first to look tells the other, each names its own file at most.
+    let [client, provider] = [message(&ends[0]), message(&ends[1])];
+    assert!(!client.contains("provider.material") && !provider.contains("client.material"));
+    assert!(client.contains("client.material") || provider.contains("provider.material"));
+    for told in [client, provider] {
+        assert!(
+            told.contains(".material") || told.contains("a file of its own cannot be used"),
+            "{told}"
+        );
+    }
+    end_with_input(dealer);
+}
+
+/// Callers who say nothing are no more than sessions are.
+#[test]
+fn providers_that_call_a_dealer_are_counted() {
+    let world = World::new();
+    let dealer = world.dealer();
+    let address = dealer.address();
+    let credentials = Credentials::load(
+        world.dir.path().join("provider"),
+        &Identity::new("provider").unwrap(),
+    )
+    .unwrap();
+    let call = || {
+        let dealer = Identity::new("dealer").unwrap();
+        tcp::connect(&address, &credentials, &dealer, &Options::default()).unwrap()
+    };
+    let silent = call();
+    let second = call();
+    let e = second.recv(&mut [0; 16]).unwrap_err().to_string();
+    assert!(e.contains("busy") && e.contains("try again later"), "{e}");
+    drop(silent);
+    assert!(end_with_input(dealer).log.contains("sent provider away: busy"));
 }
 
 #[test]

@@ -10,6 +10,8 @@
 //! Several series of one period and as many harmonics share opening and dealt values: sine and cosine of whole turns cost 16
 //! bytes an element together.
 //!
+//! An angle of more than 53 bits is opened whole and used by its first 53.
+//!
 //! One round; n bits each way an element (packed; none if x is open). Dealer to the second party: 16 bytes an element
 //! and harmonic. Error: that of the fit ([`Series::fit_error`], 3e-5 for the activations), plus fixed-point rounding of
 //! coefficients and harmonics: below 4e-4 for activations, 1e-5 for exp before softmax.

@@ -44,6 +44,7 @@ pub enum Op {
     Activation(Activation, Range),
     ActivationOfProduct(Activation, Range),
     Turns,
+    TurnsOfProduct,
     Softmax(SoftmaxSpec),
     /// Of the square, so that x is positive.
     ReciprocalOfSquare((f64, f64)),
@@ -180,6 +181,12 @@ impl OpProgram<'_> {
             }
             Op::Argmax => b.argmax(&xs[0])?,
             Op::Activation(f, range) => b.activation(&xs[0], f, range)?,
+            Op::TurnsOfProduct => {
+                let square = b.mul(&xs[0], &xs[1])?;
+                // 58 fractional bits, more than a double holds of an angle.
+                let fine = b.scale(&square, 2f64.powi(-26))?;
+                b.cat(&b.turns(&fine)?.each_ref(), 0)?
+            }
             Op::Turns => {
                 let [sin, cos] = b.turns(&xs[0])?;
                 b.cat(&[&sin, &cos], 0)?

@@ -114,7 +114,9 @@ proptest! {
     #[test]
     fn turns(n in 0usize..600, a in who(), seed: u64) {
         // Any angle; an input's last bit is 2^-16 of a turn.
-        check(Op::Turns, &[Case::input(a, &[n], uniform(seed, 40.0))], 4e-4)?;
+        let x = Case::input(a, &[n], uniform(seed, 40.0));
+        check(Op::Turns, std::slice::from_ref(&x), 4e-4)?;
+        check(Op::TurnsOfProduct, &[x.clone(), x], 4e-4)?;
     }
 
     #[test]

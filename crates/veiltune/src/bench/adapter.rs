@@ -261,7 +261,7 @@ fn measure(args: &AdapterArgs, setting: Setting) -> Result<(Report, Tally)> {
         &cost,
         args.runs,
         setting.network,
-        [VecDeque::new(), VecDeque::new()],
+        [Box::new(VecDeque::new()), Box::new(VecDeque::new())],
     )?;
 
     let private = timing.revealed[0].as_ref().map_or(&[][..], |r| &r.values);

@@ -9,8 +9,7 @@ use std::time::Instant;
 use serde::Serialize;
 use veiltune_engine::material::{DealId, FileSink, FileSource, Label, Sink, Source};
 use veiltune_engine::session::{self, MaterialFrom, PartySession, Program};
-use veiltune_engine::{Error, Party, Result, Revealed, Tally};
-use veiltune_ring::Ring;
+use veiltune_engine::{Error, Outside, Party, Result, Revealed, Tally};
 use veiltune_ring::prg::Seed;
 use veiltune_wire::pki::Authority;
 use veiltune_wire::{Identity, Link, Network, Options, tcp};
@@ -152,14 +151,14 @@ impl Sink for Counting {
     }
 }
 
-/// Runs one pass to warm up and `runs` counted ones. `programs` are those of the two parties and of the dealer; every pass
+/// Runs one pass to warm up and `runs` counted ones, or a single one that counts if `runs` is zero. `programs` are those of the two parties and of the dealer; every pass
 /// costs the same, and what the links counted must be what `cost`, the prediction for one pass, says.
 pub fn time<P: Program + Sync>(
     programs: [&P; 3],
     cost: &Tally,
     runs: usize,
     network: Network,
-    shares: [VecDeque<Ring>; 2],
+    outside: [Box<dyn Outside>; 2],
 ) -> Result<Timing> {
     let passes = runs + 1;
     let seeds = [Seed::random()?, Seed::random()?];
@@ -187,9 +186,9 @@ pub fn time<P: Program + Sync>(
             .zip(links)
             .zip(sources)
             .zip(seeds)
-            .zip(shares)
+            .zip(outside)
             .zip(programs);
-        for (((((party, peer), source), seed), shares), program) in parties {
+        for (((((party, peer), source), seed), outside), program) in parties {
             threads.push(scope.spawn(move || -> Result<_> {
                 let material = MaterialFrom::Source(source, seed);
                 let session = PartySession {
@@ -197,7 +196,7 @@ pub fn time<P: Program + Sync>(
                     peer,
                     material,
                     ahead,
-                    outside: Box::new(shares),
+                    outside,
                 };
                 let (mut marks, mut last) = (Vec::with_capacity(passes), None);
                 let report = one_thread()?.install(|| {
@@ -231,8 +230,12 @@ pub fn time<P: Program + Sync>(
         .map(|i| results[0].0[i].max(results[1].0[i]))
         .collect();
     let longest = |f: &dyn Fn(&session::Report) -> f64| results.iter().map(|r| f(&r.1)).fold(0.0, f64::max);
+    let mut seconds: Vec<f64> = ends.windows(2).map(|w| (w[1] - w[0]).as_secs_f64()).collect();
+    if seconds.is_empty() {
+        seconds.push(longest(&|r| r.online.as_secs_f64()));
+    }
     Ok(Timing {
-        seconds: Spread::of(ends.windows(2).map(|w| (w[1] - w[0]).as_secs_f64()).collect()),
+        seconds: Spread::of(seconds),
         dealer: dealer / passes as f64,
         offline: longest(&|r| r.offline.as_secs_f64()) / passes as f64,
         setup: longest(&|r| r.setup.as_secs_f64()),
@@ -260,4 +263,89 @@ fn links(network: Network) -> Result<[Arc<dyn Link>; 2]> {
         (accepted, call.join().map_err(|_| Error::Stopped("a thread")))
     });
     Ok([Arc::new(accepted?), Arc::new(connected??)])
+}
+
+/// What was measured of one pass during which the dealer was dealing.
+pub struct Streamed {
+    /// From the first byte of material to the result.
+    pub seconds: f64,
+    /// Opening the parameters before.
+    pub setup: f64,
+    /// What was revealed to each party.
+    pub revealed: [Option<Revealed>; 2],
+}
+
+/// Gates that the preparation of streamed material runs ahead.
+const STREAM_AHEAD: usize = 4;
+
+/// Runs one pass with all three roles at work, the dealer streaming to both parties: material never has to fit anywhere. As
+/// [`time`] otherwise. The clock also counts the dealer's work.
+pub fn stream<P: Program + Sync>(
+    programs: [&P; 3],
+    cost: &Tally,
+    network: Network,
+    outside: [Box<dyn Outside>; 2],
+) -> Result<Streamed> {
+    let peers = links(network)?;
+    let dealers = [links(network)?, links(network)?].map(|[a, b]| (a, b));
+    let ends = dealers.each_ref().map(|(dealer, _)| dealer.clone());
+    let mut results = Vec::new();
+    let mut dealt = Ok(());
+    std::thread::scope(|scope| {
+        let dealer = scope
+            .spawn(|| one_thread()?.install(|| session::serve_material(programs[2], 1, ends, |_| Ok(()))));
+        let parties = [Party::P0, Party::P1]
+            .into_iter()
+            .zip(peers)
+            .zip(dealers.iter().map(|(_, party)| party.clone()))
+            .zip(outside)
+            .zip(programs);
+        let threads: Vec<_> = parties
+            .map(|((((party, peer), dealer), outside), program)| {
+                scope.spawn(move || -> Result<_> {
+                    let session = PartySession {
+                        party,
+                        peer,
+                        material: MaterialFrom::Dealer(dealer),
+                        ahead: Some(STREAM_AHEAD),
+                        outside,
+                    };
+                    let mut last = None;
+                    let report = one_thread()?.install(|| {
+                        session.run(program, 1, |_, revealed| {
+                            last = revealed;
+                            Ok(())
+                        })
+                    })?;
+                    Ok((report, last))
+                })
+            })
+            .collect();
+        results = threads
+            .into_iter()
+            .map(|t| t.join().unwrap_or(Err(Error::Stopped("a thread"))))
+            .collect();
+        dealt = dealer.join().unwrap_or(Err(Error::Stopped("a thread")));
+    });
+    let results = results.into_iter().collect::<Result<Vec<_>>>()?;
+    dealt?;
+    let total = cost.total();
+    for (i, (report, _)) in results.iter().enumerate() {
+        let counted = [
+            report.online_meter.rounds,
+            report.online_meter.sent,
+            report.dealer_bytes,
+        ];
+        let predicted = [total.rounds, total.online_bytes[i], total.dealer_bytes[i]];
+        if counted != predicted {
+            let detail = format!("rounds, bytes and dealer bytes were {counted:?}, predicted {predicted:?}");
+            return Err(Error::program("bench", detail));
+        }
+    }
+    let longest = |f: &dyn Fn(&session::Report) -> f64| results.iter().map(|r| f(&r.0)).fold(0.0, f64::max);
+    Ok(Streamed {
+        seconds: longest(&|r| r.online.as_secs_f64()),
+        setup: longest(&|r| r.setup.as_secs_f64()),
+        revealed: [results[0].1.clone(), results[1].1.clone()],
+    })
 }

@@ -7,8 +7,8 @@ use clap::Args;
 use serde::Serialize;
 use veiltune_engine::session::{self, Program};
 use veiltune_engine::{
-    Activation, Backend, Comparison, Error, Fixed, NormKind, NormSpec, Owner, Party, Range, Result, Revealed,
-    SoftmaxSpec,
+    Activation, Backend, Comparison, Error, Fixed, NormKind, NormSpec, Outside, Owner, Party, Range, Result,
+    Revealed, SoftmaxSpec,
 };
 use veiltune_ring::Ring;
 use veiltune_ring::prg::{Prg, Seed};
@@ -315,7 +315,7 @@ fn measure(operation: &Operation, args: &OpsArgs) -> Result<Row> {
         &cost,
         args.runs,
         args.network,
-        shares,
+        shares.map(|s| Box::new(s) as Box<dyn Outside>),
     )?;
     let (max_error, mean_error, error_elements) = error(operation, args.error_elements)?;
     let total = cost.total();

@@ -1,0 +1,473 @@
+//! `veiltune bench encoder`: one private forward pass of a whole language model between two servers that have it in shares, on
+//! random weights of the true shapes, compared with plain float.
+
+use std::collections::VecDeque;
+
+use clap::{Args, ValueEnum};
+use serde::Serialize;
+use veiltune_engine::session::{self, Program};
+use veiltune_engine::{
+    Backend, Comparison, Error as EngineError, Memory, NormKind, NormSpec, Outside, Owner, Params, Party,
+    Plain, Range, Result as EngineResult, Revealed, Tally,
+};
+use veiltune_hub::Array;
+use veiltune_nn::language::{
+    Attention, Family, HiddenAct, LanguageCheckpoint, LanguageConfig, LanguageModel, fold,
+};
+use veiltune_ring::Ring;
+use veiltune_ring::codec;
+use veiltune_ring::prg::{Prg, Seed};
+use veiltune_wire::Network;
+
+use super::harness::{stream, time};
+use crate::{Error, Result};
+
+/// Which model, and over which network.
+#[derive(Args, Debug)]
+pub struct EncoderArgs {
+    /// Shape of the model.
+    #[arg(long, value_enum, default_value = "bert-base")]
+    model: Shape,
+    /// Layers, if not all of them.
+    #[arg(long, value_name = "N")]
+    layers: Option<usize>,
+    /// Tokens of a text.
+    #[arg(long, default_value_t = 128)]
+    tokens: usize,
+    /// Texts a pass.
+    #[arg(long, default_value_t = 1)]
+    batch: usize,
+    /// Kind of attention.
+    #[arg(long, value_enum, default_value = "softmax")]
+    attention: Kind,
+    /// Random projections of `--attention rfa`; there are twice as many features.
+    #[arg(long, default_value_t = 64)]
+    features: usize,
+    /// Network to emulate: none, lan, wan, secp-lan, secp-wan-a, secp-wan-b, or RATE_MBIT:DELAY_US one way.
+    #[arg(long, default_value = "none")]
+    network: Network,
+    /// How numbers are compared where they have to be.
+    #[arg(long)]
+    masked_bits: bool,
+    /// Where material comes from: made and prepared before the clock starts, or streamed by a dealer who works while it runs.
+    #[arg(long, value_enum, default_value = "prepared")]
+    material: Material,
+    /// Counted runs, after one that is not; 0: a single run that counts. Streamed material serves a single one.
+    #[arg(long, default_value_t = 1)]
+    runs: usize,
+    /// A JSON object on standard output instead of a table.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Models by their shape.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Shape {
+    /// 24 layers of width 1024.
+    RobertaLarge,
+    /// 24 layers of width 1024.
+    BertLarge,
+    /// 12 layers of width 768.
+    BertBase,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Kind {
+    Softmax,
+    Rfa,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Material {
+    /// Made before: in memory up to 4 GiB, else in files, from which it is then prepared while the clock runs.
+    Prepared,
+    /// Made while the clock runs.
+    Streamed,
+}
+
+fn config(args: &EncoderArgs) -> LanguageConfig {
+    let (family, layers, width) = match args.model {
+        Shape::RobertaLarge => (Family::Roberta, 24, 1024),
+        Shape::BertLarge => (Family::Bert, 24, 1024),
+        Shape::BertBase => (Family::Bert, 12, 768),
+    };
+    let roberta = family == Family::Roberta;
+    let layers = args.layers.unwrap_or(layers);
+    // Replaced by `with_attention`.
+    let norm = NormSpec {
+        kind: NormKind::Layer,
+        eps: 0.0,
+        sigma: (0.0, 0.0),
+    };
+    LanguageConfig {
+        family,
+        vocab_size: if roberta { 50_265 } else { 30_522 },
+        embedding_size: width,
+        hidden_size: width,
+        num_hidden_layers: layers,
+        num_attention_heads: width / 64,
+        num_key_value_heads: width / 64,
+        head_dim: 64,
+        intermediate_size: 4 * width,
+        hidden_act: HiddenAct::Gelu,
+        max_positions: 512,
+        position_offset: if roberta { 2 } else { 0 },
+        type_vocab_size: if roberta { 1 } else { 2 },
+        norm_eps: if roberta { 1e-5 } else { 1e-12 },
+        rope_theta: 0.0,
+        attention_bias: true,
+        tied: true,
+        has_head: false,
+        attention: Attention::Softmax,
+        embedding_norm: norm,
+        layers: Vec::new(),
+        final_norm: norm,
+        head_activation: Range::Exact,
+        head_norm: norm,
+        folded: false,
+    }
+    .with_attention(match args.attention {
+        Kind::Softmax => Attention::Softmax,
+        Kind::Rfa => Attention::Rfa {
+            features: args.features,
+            seed: 1,
+        },
+    })
+}
+
+/// A parameter: matrices of variance 1 / inputs, gains of one. The same for the same name.
+fn random(name: &str, dims: &[usize]) -> Vec<f32> {
+    let n = dims.iter().product();
+    if name.contains("norm") && name.ends_with("weight") {
+        return vec![1.0; n];
+    }
+    let stream = name.bytes().fold(0xcbf2_9ce4_8422_2325, |h: u64, b| {
+        (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3)
+    });
+    let size = match dims.len() {
+        1 => 0.1,
+        _ => (3.0 / dims.last().copied().unwrap_or(1) as f64).sqrt(),
+    };
+    Prg::new(&Seed::from_bytes(*b"veiltune bench 3"), stream, 1)
+        .vec(n)
+        .into_iter()
+        .map(|w| (w as i64 as f64 / 2f64.powi(63) * size) as f32)
+        .collect()
+}
+
+/// A parameter of the form that is run.
+fn parameter(config: &LanguageConfig, name: &str, dims: &[usize]) -> EngineResult<Vec<f32>> {
+    let stored = |name: &str, dims: &[usize]| {
+        Ok(Array {
+            dims: dims.to_vec(),
+            values: random(name, dims),
+        })
+    };
+    fold::parameter(config, name, dims, &stored)
+        .map(|array| array.values)
+        .map_err(|e| EngineError::program("parameter", e.to_string()))
+}
+
+/// What enters the first layer, shared; of what leaves the last one the first position, revealed for the comparison.
+struct Encoder<'a> {
+    config: &'a LanguageConfig,
+    dims: [usize; 3],
+    comparison: Comparison,
+}
+
+impl Program for Encoder<'_> {
+    type Model<B: Backend> = LanguageModel<B>;
+
+    fn comparison(&self) -> Comparison {
+        self.comparison
+    }
+
+    fn load<B: Backend>(&self, b: &B) -> EngineResult<LanguageModel<B>> {
+        let params = Params::new(|_, dims: &[usize]| b.weight(Owner::Shared, dims, None));
+        LanguageModel::load(&params, self.config).map_err(|e| EngineError::program("model", e.to_string()))
+    }
+
+    fn forward<B: Backend>(
+        &self,
+        b: &B,
+        model: &LanguageModel<B>,
+        _: usize,
+    ) -> EngineResult<Option<Revealed>> {
+        let x = b.input(Owner::Shared, &self.dims, None)?;
+        let y = model.hidden(b, &x, None)?;
+        // Every position is computed; one is enough to see that it is right.
+        b.reveal(&b.narrow(&y, 1, 0, 1)?, Party::P0)
+    }
+}
+
+/// A server's shares: of the parameters expanded and made where they are wanted, so that the model is nowhere whole.
+struct Expanded {
+    party: Party,
+    seed: Seed,
+    config: LanguageConfig,
+    names: VecDeque<(u64, String)>,
+    inputs: VecDeque<Ring>,
+}
+
+impl Outside for Expanded {
+    fn parameter(&mut self, dims: &[usize]) -> EngineResult<Ring> {
+        let (index, name) = self
+            .names
+            .pop_front()
+            .ok_or_else(|| EngineError::program("parameter", "there are more than the model has"))?;
+        let first = Prg::new(&self.seed, index, 0).ring(dims);
+        match self.party {
+            Party::P0 => Ok(first),
+            Party::P1 => {
+                let values = parameter(&self.config, &name, dims)?;
+                let words = codec::encode(
+                    values.iter().map(|v| f64::from(*v)),
+                    veiltune_engine::gates::SCALE,
+                )?;
+                Ok(Ring::new(dims.to_vec(), words)?.sub(&first)?)
+            }
+        }
+    }
+
+    fn input(&mut self, dims: &[usize]) -> EngineResult<Ring> {
+        self.inputs.input(dims)
+    }
+
+    fn output(&mut self, share: Ring) -> EngineResult<()> {
+        self.inputs.output(share)
+    }
+}
+
+/// What enters the first layer: as an embedding's norm gives it.
+fn input(dims: [usize; 3]) -> Vec<f32> {
+    let words = Prg::new(&Seed::from_bytes(*b"veiltune bench 4"), 1, 0).vec(dims.iter().product());
+    words
+        .into_iter()
+        .map(|w| (w as i64 as f64 / 2f64.powi(63) * 3f64.sqrt()) as f32)
+        .collect()
+}
+
+/// Ranges from a plain pass with a factor of two to spare, and that pass's result.
+fn calibrated(mut config: LanguageConfig, dims: [usize; 3]) -> Result<(LanguageConfig, Vec<f64>)> {
+    let (seen, b) = (Plain::recording(), Plain::new());
+    let params =
+        Params::new(|name: &str, dims: &[usize]| b.weight(Owner::Public, dims, Some(&random(name, dims))));
+    let model = LanguageModel::load(&params, &config)?;
+    // The embedding is not part of the pass, but of what is calibrated.
+    let width = [dims[0], dims[1], config.embedding_size];
+    model.embed(&seen, &b.input(Owner::Public, &width, Some(&input(dims)))?)?;
+    let x = b.input(Owner::Public, &dims, Some(&input(dims)))?;
+    let y = model.hidden(&seen, &x, None)?;
+    let expected = b
+        .reveal(&b.narrow(&y, 1, 0, 1)?, Party::P0)?
+        .map_or_else(Vec::new, |r| r.values);
+    config.calibrate(&seen.sites(), 2.0)?;
+    Ok((config.served(), expected))
+}
+
+#[derive(Serialize)]
+struct Report {
+    model: String,
+    layers: usize,
+    tokens: usize,
+    batch: usize,
+    attention: String,
+    network: String,
+    material: &'static str,
+    /// From input to result.
+    seconds: f64,
+    /// Making the material, without sending it; None: within `seconds`.
+    dealer_seconds: Option<f64>,
+    /// Preparing it, where that comes before; None: within `seconds`.
+    offline_seconds: Option<f64>,
+    setup_seconds: f64,
+    rounds: u64,
+    online_bytes: [u64; 2],
+    dealer_bytes: [u64; 2],
+    setup_bytes: [u64; 2],
+    max_error: f64,
+    mean_error: f64,
+    /// Standard deviation of the result.
+    deviation: f64,
+    /// Predicted peak of either server and of the dealer.
+    memory: [u64; 3],
+    /// Measured peak of the process that plays all three, calibration included; 0 where the system does not tell.
+    peak_of_all: u64,
+    operations: Vec<(String, veiltune_engine::Cost)>,
+}
+
+/// Runs it.
+pub fn run(args: &EncoderArgs) -> Result<()> {
+    let config = config(args);
+    let dims = [args.batch, args.tokens, config.hidden_size];
+    if args.tokens > config.max_positions || dims.contains(&0) {
+        return Err(Error::Input(format!(
+            "{} texts of {} tokens; the model takes 1 to {}",
+            args.batch, args.tokens, config.max_positions
+        )));
+    }
+    let (config, expected) = calibrated(config, dims)?;
+    let program = Encoder {
+        config: &config,
+        dims,
+        comparison: match args.masked_bits {
+            true => Comparison::MaskedBits,
+            false => Comparison::Fss,
+        },
+    };
+    let cost: Tally = session::plan(&program, 1)?.tally;
+    let names: VecDeque<(u64, String)> = LanguageCheckpoint::inventory(&config)?
+        .into_iter()
+        .enumerate()
+        .map(|(i, (name, _))| (i as u64, name))
+        .collect();
+    let passes = match args.material {
+        Material::Prepared => args.runs + 1,
+        Material::Streamed => 1,
+    };
+    let seed = Seed::random().map_err(EngineError::from)?;
+    let mut shares = [VecDeque::new(), VecDeque::new()];
+    for _ in 0..passes {
+        let both = session::share(&dims, &input(dims))?;
+        shares
+            .iter_mut()
+            .zip(both)
+            .for_each(|(list, part)| list.push_back(part));
+    }
+    let [first, second] = shares;
+    let expanded = |party, inputs| -> Box<dyn Outside> {
+        Box::new(Expanded {
+            party,
+            seed: seed.clone(),
+            config: config.clone(),
+            names: names.clone(),
+            inputs,
+        })
+    };
+    let outside = [expanded(Party::P0, first), expanded(Party::P1, second)];
+    let programs = [&program, &program, &program];
+    let (seconds, dealer_seconds, offline_seconds, setup_seconds, revealed) = match args.material {
+        Material::Prepared => {
+            let t = time(programs, &cost, args.runs, args.network, outside)?;
+            (
+                t.seconds.median,
+                Some(t.dealer),
+                Some(t.offline),
+                t.setup,
+                t.revealed,
+            )
+        }
+        Material::Streamed => {
+            let t = stream(programs, &cost, args.network, outside)?;
+            (t.seconds, None, None, t.setup, t.revealed)
+        }
+    };
+    let private = revealed[0].as_ref().map_or(&[][..], |r| &r.values);
+    let differences: Vec<f64> = private
+        .iter()
+        .zip(&expected)
+        .map(|(a, b)| (a - b).abs())
+        .collect();
+    let n = expected.len().max(1) as f64;
+    let total = cost.total();
+    let memory: &Memory = &cost.memory;
+    let ahead = Some(4);
+    let report = Report {
+        model: format!("{:?}", args.model),
+        layers: config.num_hidden_layers,
+        tokens: args.tokens,
+        batch: args.batch,
+        attention: format!("{:?}", args.attention).to_lowercase(),
+        network: args.network.to_string(),
+        material: match args.material {
+            Material::Prepared => "prepared",
+            Material::Streamed => "streamed",
+        },
+        seconds,
+        dealer_seconds,
+        offline_seconds,
+        setup_seconds,
+        rounds: total.rounds,
+        online_bytes: total.online_bytes,
+        dealer_bytes: total.dealer_bytes,
+        setup_bytes: cost.setup_bytes,
+        max_error: differences.iter().copied().fold(0.0, f64::max),
+        mean_error: differences.iter().sum::<f64>() / n,
+        deviation: (expected.iter().map(|v| v * v).sum::<f64>() / n).sqrt(),
+        memory: [
+            memory.party(Party::P0, ahead),
+            memory.party(Party::P1, ahead),
+            memory.dealer(),
+        ],
+        peak_of_all: peak(),
+        operations: cost
+            .operations()
+            .map(|(name, c)| (name.to_owned(), c.clone()))
+            .collect(),
+    };
+    if args.json {
+        let text = serde_json::to_string_pretty(&report).map_err(|e| Error::Input(e.to_string()))?;
+        println!("{text}");
+    } else {
+        print(&report);
+    }
+    Ok(())
+}
+
+/// The most memory that this process ever had, in bytes.
+fn peak() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"));
+    let kib = line.and_then(|l| l.trim().split(' ').next()?.parse::<u64>().ok());
+    1024 * kib.unwrap_or(0)
+}
+
+fn print(r: &Report) {
+    let mb = |b: [u64; 2]| format!("{:.1} / {:.1} MB", b[0] as f64 / 1e6, b[1] as f64 / 1e6);
+    let gib = |b: u64| b as f64 / 2f64.powi(30);
+    println!(
+        "{}, {} layers, {} x {} tokens, {} attention, network {}, material {}",
+        r.model, r.layers, r.batch, r.tokens, r.attention, r.network, r.material
+    );
+    println!(
+        "online   {:.3} s, {} rounds, {} each way",
+        r.seconds,
+        r.rounds,
+        mb(r.online_bytes)
+    );
+    match (r.dealer_seconds, r.offline_seconds) {
+        (Some(dealer), Some(offline)) => println!(
+            "offline  dealer {dealer:.3} s, server {offline:.3} s, {} to each server",
+            mb(r.dealer_bytes)
+        ),
+        _ => println!("dealer   {} to each server, in the same time", mb(r.dealer_bytes)),
+    }
+    println!(
+        "set-up   {:.3} s, {} each way, once a session",
+        r.setup_seconds,
+        mb(r.setup_bytes)
+    );
+    println!(
+        "error    largest {:.2e}, mean {:.2e}, of values of deviation {:.2}",
+        r.max_error, r.mean_error, r.deviation
+    );
+    println!(
+        "memory   predicted {:.2} and {:.2} GiB at the servers, {:.2} GiB at the dealer; all in this process at most {:.2} GiB",
+        gib(r.memory[0]),
+        gib(r.memory[1]),
+        gib(r.memory[2]),
+        gib(r.peak_of_all)
+    );
+    println!(
+        "{:<16}{:>8}{:>28}{:>28}",
+        "operation", "rounds", "online", "dealer"
+    );
+    for (name, c) in &r.operations {
+        println!(
+            "{name:<16}{:>8}{:>28}{:>28}",
+            c.rounds,
+            mb(c.online_bytes),
+            mb(c.dealer_bytes)
+        );
+    }
+}

@@ -1,0 +1,222 @@
+//! `veiltune classify --text`: private inference with a tuned prompt.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+use serde::Serialize;
+use veiltune_hub::files;
+use veiltune_tune::{Artefact, Example, Mode, answer};
+use veiltune_wire::Network;
+
+use super::layout::tune;
+use super::owner::{self, Addresses, Encoded, Remote};
+use super::program::table_rows;
+use super::servers::{Role, Station};
+use super::tune::{Ground, comparison, find, new_run};
+use crate::report::{aligned, print};
+use crate::{Error, Result};
+
+/// What `veiltune classify` takes for texts.
+#[derive(Args, Debug)]
+pub struct TextArgs {
+    /// Texts, one a line (pairs with a tab between), to classify with a tuned prompt instead of images
+    #[arg(long, value_name = "FILE", requires_all = ["prompt", "servers", "assistant"])]
+    pub text: Option<PathBuf>,
+    /// Folder of the tuned prompt that `veiltune tune` wrote
+    #[arg(long, value_name = "DIR")]
+    pub prompt: Option<PathBuf>,
+    /// Addresses of server 0 and server 1, HOST:PORT,HOST:PORT
+    #[arg(long, value_name = "ADDR,ADDR", value_delimiter = ',', num_args = 1)]
+    pub servers: Vec<String>,
+    /// Address of the assistant, HOST:PORT
+    #[arg(long, value_name = "ADDR")]
+    pub assistant: Option<String>,
+    /// Most tokens of a text, prompt and template included; longer ones are cut
+    #[arg(long, default_value_t = 128, value_name = "N")]
+    pub tokens: usize,
+    /// Rows are as long as the longest, rounded up to a multiple of this
+    #[arg(long, default_value_t = 8, value_name = "N")]
+    pub bucket: usize,
+}
+
+/// One text's answer. Its label and confidence are the data owner's.
+#[derive(Serialize)]
+pub struct Row {
+    /// Number of the line, from 1.
+    pub line: usize,
+    /// The label.
+    pub label: String,
+    /// Of the label among all, by the softmax of the label words' logits.
+    pub confidence: f64,
+}
+
+/// The answer.
+#[derive(Serialize)]
+struct Answer {
+    model: String,
+    texts: usize,
+    cut: usize,
+    seconds: f64,
+    /// To and from the three others.
+    bytes: [u64; 2],
+    results: Vec<Row>,
+}
+
+/// Runs it.
+pub fn run(args: &TextArgs, keys: &std::path::Path, network: Network, wait: f64, json: bool) -> Result<()> {
+    let (Some(file), Some(dir), Some(assistant)) = (&args.text, &args.prompt, &args.assistant) else {
+        return Err(Error::Input(
+            "give --text, --prompt, --servers and --assistant together".into(),
+        ));
+    };
+    let servers = <[String; 2]>::try_from(args.servers.clone()).map_err(|given| {
+        Error::Input(format!(
+            "{} addresses of servers; give two to --servers",
+            given.len()
+        ))
+    })?;
+    let addresses = Addresses {
+        servers,
+        assistant: assistant.clone(),
+    };
+    let wait = Duration::try_from_secs_f64(wait).map_err(|e| Error::Input(format!("wait: {e}")))?;
+    let station = Station::new(Role::DataOwner, keys, network, wait)?;
+    let artefact = Artefact::read(dir).map_err(tune)?;
+    let bytes = files::read(file, 1 << 28)?;
+    let content = String::from_utf8(bytes)
+        .map_err(|_| Error::Input(format!("{}: not UTF-8; convert the file", file.display())))?;
+    let examples = examples(&content, artefact.task.pairs())?;
+    let start = std::time::Instant::now();
+    let (rows, answer) = classify(
+        &station,
+        &addresses,
+        &artefact,
+        &examples,
+        args.tokens,
+        args.bucket,
+        network,
+    )?;
+    let answer = Answer {
+        model: artefact.base_model.clone(),
+        texts: examples.len(),
+        cut: answer.0,
+        seconds: start.elapsed().as_secs_f64(),
+        bytes: answer.1,
+        results: rows,
+    };
+    print(json, &answer, || {
+        let mut rows = vec![["line", "label", "confidence"].map(String::from)];
+        rows.extend(answer.results.iter().map(|r| {
+            [
+                r.line.to_string(),
+                r.label.clone(),
+                format!("{:.1} %", 100.0 * r.confidence),
+            ]
+        }));
+        let mut text = aligned(&rows, &[0, 2]);
+        if answer.cut > 0 {
+            text += &format!(
+                "{} of {} texts were cut to {} tokens\n",
+                answer.cut, answer.texts, args.tokens
+            );
+        }
+        text + &format!(
+            "{:.2} s, sent {:.2} MB, received {:.2} MB\n",
+            answer.seconds,
+            answer.bytes[0] as f64 / 1e6,
+            answer.bytes[1] as f64 / 1e6
+        )
+    })
+}
+
+fn examples(content: &str, pairs: bool) -> Result<Vec<Example>> {
+    let mut examples = Vec::new();
+    for (i, line) in content.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()) {
+        let (a, b) = match (pairs, line.split_once('\t')) {
+            (false, _) => (line, None),
+            (true, Some((a, b))) => (a, Some(b.to_owned())),
+            (true, None) => {
+                return Err(Error::Input(format!(
+                    "line {}: the prompt is for pairs of texts; put a tab between them",
+                    i + 1
+                )));
+            }
+        };
+        examples.push(Example {
+            text_a: a.to_owned(),
+            text_b: b,
+            label: 0,
+        });
+    }
+    match examples.is_empty() {
+        true => Err(Error::Input("there are no texts".into())),
+        false => Ok(examples),
+    }
+}
+
+/// Classifies texts on the servers: labels by line, and how many texts were cut, and the bytes that it took.
+pub fn classify(
+    station: &Station,
+    addresses: &Addresses,
+    artefact: &Artefact,
+    examples: &[Example],
+    tokens: usize,
+    bucket: usize,
+    network: Network,
+) -> Result<(Vec<Row>, (usize, [u64; 2]))> {
+    let public = find(owner::models(station, addresses)?, artefact.base_model_sha256.as_deref()).map_err(|_| {
+        Error::Input(format!(
+            "the prompt was tuned on {} as it was then shared, which the servers do not have; tune it on a model that they \
+             have, or have its owner keep the shares",
+            artefact.base_model
+        ))
+    })?;
+    let words = public.words()?;
+    let initial = match &artefact.mode {
+        Mode::Add { tokens } => tokens.clone(),
+        Mode::Concatenate => {
+            return Err(Error::Input(
+                "a prompt that stands for itself is not run here; tune one that is added".into(),
+            ));
+        }
+    };
+    let ground = Ground {
+        config: &public.config,
+        words: &words,
+        task: &artefact.task,
+        initial,
+        tokens,
+        bucket,
+    };
+    let all: Vec<&Example> = examples.iter().collect();
+    let rows = ground.rows(&all)?;
+    let shape = ground.shape(&rows, rows.len(), 1, 1);
+    shape.check(&public.config)?;
+    let comparison = comparison(&public.config, &shape, &network)?;
+    let run = new_run(&public, shape, comparison)?;
+    let mut ids = rows.ids.clone();
+    ids.extend(ground.labels()?);
+    let texts = Encoded {
+        ids,
+        keep: rows.keep.clone(),
+    };
+    let mut remote = Remote::begin(station, addresses, &run, table_rows(&public.config), &texts)?;
+    let logits = remote
+        .logits(super::program::Pass::Generation, &artefact.prompt.0)
+        .inspect_err(|e| remote.abort(&e.for_peer()))?;
+    let bytes = remote.bytes();
+    remote.end()?;
+    let classes = artefact.task.labels.len();
+    let row = |(i, logits): (usize, &[f32])| {
+        let best = answer(logits);
+        let sum: f64 = logits.iter().map(|l| f64::from(l - logits[best]).exp()).sum();
+        Row {
+            line: i + 1,
+            label: artefact.task.labels[best].clone(),
+            confidence: 1.0 / sum,
+        }
+    };
+    let results = logits.chunks(classes).enumerate().map(row).collect();
+    Ok((results, (rows.cut, bytes)))
+}

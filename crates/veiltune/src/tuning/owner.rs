@@ -1,0 +1,181 @@
+//! The data owner's side of a run: its texts and prompts as shares, and the logits that come back.
+
+use std::sync::Arc;
+
+use veiltune_engine::Error as EngineError;
+use veiltune_engine::gates::SCALE;
+use veiltune_ring::codec;
+use veiltune_ring::prg::{Prg, Seed};
+use veiltune_wire::Link;
+
+use super::lookup::{self, Holder, RowKeys};
+use super::program::{Pass, Shape};
+use super::servers::{Request, Role, Run, Station};
+use super::store::PublicModel;
+use super::talk;
+use crate::{Error, Result};
+
+/// Addresses of the servers and the assistant.
+#[derive(Clone, Debug)]
+pub struct Addresses {
+    /// Of server 0 and server 1.
+    pub servers: [String; 2],
+    /// Of the assistant.
+    pub assistant: String,
+}
+
+/// The models that both servers have; what is public of each must be the same at both.
+pub fn models(station: &Station, addresses: &Addresses) -> Result<Vec<PublicModel>> {
+    let mut lists = Vec::new();
+    for (role, address) in [Role::Server0, Role::Server1].into_iter().zip(&addresses.servers) {
+        let link = station.call(role, address)?;
+        talk::send(&link, &Request::Models)?;
+        lists.push(talk::receive::<Vec<PublicModel>>(&link)?);
+        link.close()?;
+    }
+    let (second, mut first) = (lists.pop().unwrap_or_default(), lists.pop().unwrap_or_default());
+    let text = |m: &PublicModel| serde_json::to_string(m).unwrap_or_default();
+    let known: std::collections::HashSet<String> = second.iter().map(text).collect();
+    first.retain(|m| known.contains(&text(m)));
+    Ok(first)
+}
+
+/// The texts of a run, as numbers; secret, and so without `Debug`.
+pub struct Encoded {
+    /// Token ids of training and validation texts, `[texts + validation, tokens]`, then the label words.
+    pub ids: Vec<u32>,
+    /// 1 where a token is part of its text, `[texts + validation, tokens]`.
+    pub keep: Vec<f32>,
+}
+
+/// A run that has begun.
+pub struct Remote {
+    links: [Arc<dyn Link>; 2],
+    assistant: Arc<dyn Link>,
+    /// What server 0 expands its shares from, and how many inputs there were.
+    seed: Seed,
+    next: u64,
+    shape: Shape,
+}
+
+impl Remote {
+    /// Calls all three, deals the keys of the word lookup and brings the texts in.
+    pub fn begin(
+        station: &Station,
+        addresses: &Addresses,
+        run: &Run,
+        vocabulary: usize,
+        texts: &Encoded,
+    ) -> Result<Remote> {
+        let shape = run.shape.clone();
+        let keys = texts
+            .ids
+            .iter()
+            .map(|&id| lookup::deal(id as usize, vocabulary))
+            .collect::<Result<Vec<RowKeys>>>()?;
+        // The assistant first: the servers call it once they have been called.
+        let assistant = station.call(Role::Assistant, &addresses.assistant)?;
+        talk::send(&assistant, &Request::Run(run.clone()))?;
+        lookup::send_keys(&assistant, Holder::Assistant, &keys)?;
+        let seed = Seed::random().map_err(EngineError::from)?;
+        let mut links = Vec::new();
+        for ((role, holder), address) in [(Role::Server0, Holder::First), (Role::Server1, Holder::Second)]
+            .into_iter()
+            .zip(&addresses.servers)
+        {
+            let link = station.call(role, address)?;
+            talk::send(&link, &Request::Run(run.clone()))?;
+            if role == Role::Server0 {
+                link.send(seed.expose().to_vec())?;
+            }
+            lookup::send_keys(&link, holder, &keys)?;
+            links.push(link);
+        }
+        let [first, second] = <[Arc<dyn Link>; 2]>::try_from(links)
+            .map_err(|_| Error::Input("two servers are needed".into()))?;
+        let mut remote = Remote {
+            links: [first, second],
+            assistant,
+            seed,
+            next: 0,
+            shape,
+        };
+        remote.ask(Some(Pass::Texts))?;
+        let signs: Vec<f32> = keys.iter().flat_map(|k| k.signs).collect();
+        remote.input(&signs)?;
+        remote.input(&texts.keep)?;
+        Ok(remote)
+    }
+
+    /// The label words' logits `[prompts, texts, labels]` of prompts `[prompts, slots, hidden]`: a generation's on the texts to
+    /// tune on, or one prompt's on those to validate on.
+    pub fn logits(&mut self, pass: Pass, prompts: &[f32]) -> Result<Vec<f32>> {
+        let texts = match pass {
+            Pass::Generation => self.shape.candidates * self.shape.texts,
+            Pass::Validation => self.shape.validation,
+            Pass::Texts => return Err(Error::Input("the texts are in already".into())),
+        };
+        self.ask(Some(pass))?;
+        self.input(prompts)?;
+        let len = texts * self.shape.labels;
+        let mut sum = vec![0u64; len];
+        for link in &self.links {
+            let mut at = 0;
+            let add = |piece: &[u64]| {
+                for (s, w) in sum[at..].iter_mut().zip(piece) {
+                    *s = s.wrapping_add(*w);
+                }
+                at += piece.len();
+            };
+            talk::receive_words(link, add, len)?;
+        }
+        Ok(codec::decode(&sum, SCALE).into_iter().map(|v| v as f32).collect())
+    }
+
+    /// Ends the run.
+    pub fn end(self) -> Result<()> {
+        self.ask(None)?;
+        for link in self.links.iter().chain([&self.assistant]) {
+            link.close()?;
+        }
+        Ok(())
+    }
+
+    /// Gives up, and tells the others why.
+    pub fn abort(&self, reason: &str) {
+        let links = self.links.iter().chain([&self.assistant]);
+        links.for_each(|link| link.abort(reason));
+    }
+
+    /// Sizes of the run.
+    pub fn shape(&self) -> &Shape {
+        &self.shape
+    }
+
+    /// Bytes that went to the three others and came from them so far.
+    pub fn bytes(&self) -> [u64; 2] {
+        let links = self.links.iter().chain([&self.assistant]);
+        links.fold([0, 0], |[sent, received], link| {
+            let meter = link.meter();
+            [sent + meter.sent, received + meter.received]
+        })
+    }
+
+    fn ask(&self, pass: Option<Pass>) -> Result<()> {
+        let message = [u8::from(pass.is_some()), pass.map_or(0, Pass::number)];
+        Ok(self
+            .links
+            .iter()
+            .try_for_each(|link| link.send(message.to_vec()))?)
+    }
+
+    /// Server 0 expands its share, server 1 is sent the rest.
+    fn input(&mut self, values: &[f32]) -> Result<()> {
+        let wide = values.iter().map(|v| f64::from(*v));
+        let words = codec::encode(wide, SCALE).map_err(EngineError::from)?;
+        let first = Prg::new(&self.seed, self.next, 0).vec(words.len());
+        self.next += 1;
+        let second: Vec<u64> = words.iter().zip(first).map(|(w, f)| w.wrapping_sub(f)).collect();
+        Ok(talk::send_words(&self.links[1], &second)?)
+    }
+}

@@ -1,0 +1,817 @@
+//! `veiltune tune`: the data owner's side of prompt tuning, on the servers or, for who has the model, in the clear.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+use serde::Serialize;
+use serde_json::json;
+use veiltune_engine::session::cheapest_comparison;
+use veiltune_engine::{Backend, Comparison, Fixed, Plain};
+use veiltune_hub::{Tokenizer, files};
+use veiltune_nn::language::{Attention, LanguageConfig};
+use veiltune_tune::{
+    Artefact, Encoder, Ended, Evaluate, Example, Loss, Outcome, Projection, Prompt, Score, Settings, Shots,
+    Slot, Split, Task, Tokenize, Tuner, subset,
+};
+use veiltune_wire::Network;
+
+use super::evaluate::{Clear, Holder};
+use super::layout::{Rows, tune};
+use super::model::{self, Calibration, Ready, Words};
+use super::owner::{self, Addresses, Encoded, Remote};
+use super::program::{Mode, Shape, Texts, Tuning, table_width};
+use super::servers::{Role, Run, Station};
+use super::store::PublicModel;
+use crate::{Error, Result};
+
+/// Which attention a model runs with.
+#[derive(Args, Clone, Debug)]
+pub struct AttentionArgs {
+    /// Attention: exactly as the model was trained, or by random features
+    #[arg(long, value_enum, default_value = "softmax")]
+    pub attention: Kind,
+    /// Random projections of `--attention rfa`; there are twice as many features
+    #[arg(long, default_value_t = 64, value_name = "D")]
+    pub features: usize,
+}
+
+/// Kinds of attention.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Kind {
+    /// Exact softmax.
+    Softmax,
+    /// Random feature attention (Peng et al., ICLR 2021).
+    Rfa,
+}
+
+impl AttentionArgs {
+    /// As a model is configured.
+    pub fn attention(&self) -> Attention {
+        match self.attention {
+            Kind::Softmax => Attention::Softmax,
+            Kind::Rfa => Attention::Rfa {
+                features: self.features,
+                seed: 1,
+            },
+        }
+    }
+}
+
+/// The servers, and this machine's keys.
+#[derive(Args, Clone, Debug)]
+pub struct Servers {
+    /// Addresses of server 0 and server 1, HOST:PORT,HOST:PORT
+    #[arg(long, value_name = "ADDR,ADDR", value_delimiter = ',', num_args = 1)]
+    pub servers: Vec<String>,
+    /// Address of the assistant, HOST:PORT
+    #[arg(long, value_name = "ADDR")]
+    pub assistant: Option<String>,
+    /// This machine's folder of those that `veiltune keys --tuning` made
+    #[arg(long, value_name = "DIR")]
+    pub keys: Option<PathBuf>,
+    /// Network to emulate on every link: none, lan, wan, secp-lan, secp-wan-a, secp-wan-b, or RATE_MBIT:DELAY_US; the same on all machines
+    #[arg(long, default_value = "none", value_name = "NETWORK")]
+    pub network: Network,
+    /// Longest time to wait for another machine to answer, seconds
+    #[arg(long, default_value_t = 60.0, value_name = "SECONDS")]
+    pub wait: f64,
+}
+
+impl Servers {
+    /// Where all three are called.
+    pub fn addresses(&self) -> Result<Addresses> {
+        let servers = <[String; 2]>::try_from(self.servers.clone()).map_err(|given| {
+            Error::Input(format!(
+                "{} addresses of servers; give two to --servers, as HOST:PORT,HOST:PORT",
+                given.len()
+            ))
+        })?;
+        let assistant = self
+            .assistant
+            .clone()
+            .ok_or_else(|| Error::Input("give the assistant's address to --assistant".into()))?;
+        Ok(Addresses { servers, assistant })
+    }
+
+    /// This process as `role`.
+    pub fn station(&self, role: Role) -> Result<Station> {
+        let keys = self.keys.as_deref().ok_or_else(|| {
+            Error::Input(format!(
+                "give --keys the {} folder that `veiltune keys --tuning` made",
+                role.name()
+            ))
+        })?;
+        let wait = Duration::try_from_secs_f64(self.wait).map_err(|e| Error::Input(format!("wait: {e}")))?;
+        Station::new(role, keys, self.network, wait)
+    }
+}
+
+/// How a model is calibrated by who has it.
+#[derive(Args, Clone, Debug)]
+pub struct CalibrationArgs {
+    /// Sample texts to calibrate on, one a line [default: a few that are built in]
+    #[arg(long, value_name = "FILE")]
+    pub samples: Option<PathBuf>,
+    /// Factor by which the ranges that are seen are widened
+    #[arg(long, default_value_t = 1.5, value_name = "FACTOR")]
+    pub margin: f64,
+}
+
+impl CalibrationArgs {
+    /// Calibrates a checkpoint for texts of at most `tokens`.
+    pub fn ready(
+        &self,
+        checkpoint: &veiltune_nn::language::LanguageCheckpoint,
+        attention: Attention,
+        tokens: usize,
+    ) -> Result<Ready> {
+        let texts = match &self.samples {
+            Some(path) => {
+                let bytes = files::read(path, 1 << 26).map_err(|e| Error::Input(e.to_string()))?;
+                String::from_utf8_lossy(&bytes)
+                    .lines()
+                    .filter(|l| !l.trim().is_empty())
+                    .map(str::to_owned)
+                    .collect()
+            }
+            None => Vec::new(),
+        };
+        model::ready(
+            checkpoint,
+            attention,
+            &Calibration {
+                texts: &texts,
+                tokens,
+                margin: self.margin,
+            },
+        )
+    }
+}
+
+/// What interprets the model, where it is at hand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Interpreter {
+    /// Floating point.
+    Float,
+    /// The protocols' fixed point, bit by bit as on the servers but for the masks that are drawn.
+    Fixed,
+}
+
+/// What `veiltune tune` takes.
+#[derive(Args, Debug)]
+pub struct TuneArgs {
+    /// The task: sst-2, yelp, ag-news, mrpc, rte, nsmc, or a task file
+    #[arg(long, value_name = "TASK")]
+    task: String,
+    /// Labelled texts, `text<TAB>label` a line or in the layout of the task
+    #[arg(long, value_name = "FILE")]
+    data: PathBuf,
+    /// Folder for the tuned prompt, the checkpoint and the tuning curve; an interrupted run goes on from there
+    #[arg(long, value_name = "DIR")]
+    output: PathBuf,
+    #[command(flatten)]
+    servers: Servers,
+    /// Which of the servers' models, by its name [default: the only one]; or, without --servers, the folder of a model to tune on in
+    /// the clear
+    #[arg(long, value_name = "NAME|DIR")]
+    model: Option<String>,
+    /// How a model at hand is run
+    #[arg(long, value_enum, default_value = "float")]
+    interpreter: Interpreter,
+    #[command(flatten)]
+    attention: AttentionArgs,
+    #[command(flatten)]
+    calibration: CalibrationArgs,
+    /// Texts of each class to tune on, and as many others to validate on
+    #[arg(long, default_value_t = 16, value_name = "N")]
+    shots: usize,
+    /// Texts of each class to validate on [default: as --shots]
+    #[arg(long, value_name = "N")]
+    validation_shots: Option<usize>,
+    /// Which texts are drawn, and what the optimiser tries
+    #[arg(long, default_value_t = 0, value_name = "SEED")]
+    seed: u64,
+    /// Tokens of the prompt
+    #[arg(long, default_value_t = 50, value_name = "N")]
+    prompt_tokens: usize,
+    /// Text whose tokens stand where the prompt is added [default: one that names the task's words]
+    #[arg(long, value_name = "TEXT")]
+    initial_text: Option<String>,
+    /// Most tokens of a row, prompt and template included; longer texts are cut
+    #[arg(long, default_value_t = 128, value_name = "N")]
+    tokens: usize,
+    /// Rows are as long as the longest, rounded up to a multiple of this: servers see no more of a text's length
+    #[arg(long, default_value_t = 8, value_name = "N")]
+    bucket: usize,
+    /// Coordinates that the optimiser moves
+    #[arg(long, default_value_t = 500, value_name = "N")]
+    dimension: usize,
+    /// Prompts of a generation
+    #[arg(long, default_value_t = 20, value_name = "N")]
+    population: usize,
+    /// Prompts that share a forward pass: fewer need less memory and more rounds [default: all of a generation]
+    #[arg(long, value_name = "N")]
+    together: Option<usize>,
+    /// The optimiser's first step
+    #[arg(long, default_value_t = 1.0)]
+    sigma: f64,
+    /// Prompts to evaluate in all
+    #[arg(long, default_value_t = 8000, value_name = "N")]
+    budget: usize,
+    /// Evaluations between validations
+    #[arg(long, default_value_t = 100, value_name = "N")]
+    validate_every: usize,
+    /// Stop after so many validations without a better prompt [default: go on]
+    #[arg(long, value_name = "N")]
+    patience: Option<usize>,
+    /// Hinge loss with a margin of 2 instead of the cross-entropy
+    #[arg(long)]
+    hinge: bool,
+    /// Labelled texts to measure the initial and the tuned prompt on, with a model at hand
+    #[arg(long, value_name = "FILE", conflicts_with = "servers")]
+    test: Option<PathBuf>,
+    /// Most texts to measure on, drawn by the seed
+    #[arg(long, default_value_t = 1000, value_name = "N")]
+    test_limit: usize,
+    /// Say what the run would cost on the servers, and stop
+    #[arg(long)]
+    plan: bool,
+    /// A JSON object on standard output
+    #[arg(long)]
+    json: bool,
+}
+
+/// What the command answers.
+#[derive(Serialize)]
+struct Answer {
+    task: String,
+    model: String,
+    attention: serde_json::Value,
+    interpreter: &'static str,
+    seed: u64,
+    shots: usize,
+    evaluations: usize,
+    metric: &'static str,
+    initial_validation: f64,
+    best_validation: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    initial_test: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tuned_test: Option<f64>,
+    test_texts: usize,
+    seconds: f64,
+    ended: String,
+    /// To and from the data owner, on the servers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bytes: Option<[u64; 2]>,
+    output: String,
+}
+
+/// What is public of the model, and what follows from it for the texts.
+pub struct Ground<'a> {
+    /// The model.
+    pub config: &'a LanguageConfig,
+    /// Its tokenizer.
+    pub words: &'a Tokenizer,
+    /// The task.
+    pub task: &'a Task,
+    /// What stands where the prompt is added.
+    pub initial: Vec<u32>,
+    /// Most tokens of a row.
+    pub tokens: usize,
+    /// Rows are rounded up to it.
+    pub bucket: usize,
+}
+
+impl Ground<'_> {
+    /// Rows of these texts.
+    pub fn rows(&self, examples: &[&Example]) -> Result<Rows> {
+        let words = Words(self.words);
+        let padding = words.specials().pad.unwrap_or(0);
+        let limit = self.tokens.min(self.config.max_positions);
+        Rows::new(&self.encoder(&words)?, examples, padding, self.bucket, limit)
+    }
+
+    /// Rows of the table that give the label words' logits.
+    pub fn labels(&self) -> Result<Vec<u32>> {
+        let words = Words(self.words);
+        let labels = self.encoder(&words)?.words().map_err(tune)?;
+        Ok(labels
+            .into_iter()
+            .map(|id| model::label_row(self.config, id))
+            .collect())
+    }
+
+    fn encoder<'w>(&'w self, words: &'w Words<'w>) -> Result<Encoder<'w, Words<'w>>> {
+        let limit = self.tokens.min(self.config.max_positions);
+        let slot = Slot::Add(self.initial.clone());
+        Encoder::new(words, self.task, model::template(self.config), slot, limit).map_err(tune)
+    }
+
+    /// Sizes of a run on these rows, of which the first `train` are tuned on.
+    pub fn shape(&self, rows: &Rows, train: usize, population: usize, together: usize) -> Shape {
+        Shape {
+            tokens: rows.tokens,
+            answer: rows.answer,
+            start: rows.start,
+            prompt: rows.prompt,
+            mode: Mode::Add,
+            texts: train,
+            validation: rows.len() - train,
+            labels: self.task.labels.len(),
+            candidates: population,
+            together,
+        }
+    }
+}
+
+/// The tokens whose embeddings the prompt is added to: those of a text, again and again.
+pub fn initial(words: &Tokenizer, task: &Task, text: Option<&str>, count: usize) -> Result<Vec<u32>> {
+    let usual = format!(
+        "Which of these words fits the text best: {}?",
+        task.words.join(", ")
+    );
+    let tokens = words.encode(text.unwrap_or(&usual))?;
+    match tokens.is_empty() {
+        true => Err(Error::Input(
+            "the initial text has no words that the model knows".into(),
+        )),
+        false => Ok(tokens.iter().copied().cycle().take(count).collect()),
+    }
+}
+
+/// Runs it.
+pub fn run(args: &TuneArgs) -> Result<()> {
+    let task = Task::named(&args.task).map_err(tune)?;
+    let examples = task.examples(&args.data).map_err(tune)?;
+    let labels: Vec<usize> = examples.iter().map(|e| e.label).collect();
+    let drawn = Shots {
+        train: args.shots,
+        validation: args.validation_shots.unwrap_or(args.shots),
+    }
+    .draw(&labels, &task.labels, args.seed)
+    .map_err(tune)?;
+    let chosen: Vec<&Example> = drawn
+        .train
+        .iter()
+        .chain(&drawn.validation)
+        .map(|&i| &examples[i])
+        .collect();
+    match args.servers.servers.is_empty() {
+        false => remote(args, &task, &chosen, drawn.train.len()),
+        true => local(args, &task, &chosen, drawn.train.len()),
+    }
+}
+
+/// The model that is asked for, of those that the servers have.
+pub fn find(models: Vec<PublicModel>, name: Option<&str>) -> Result<PublicModel> {
+    let known: Vec<String> = models.iter().map(|m| m.name.clone()).collect();
+    let mut fit = models
+        .into_iter()
+        .filter(|m| name.is_none_or(|n| m.name == n || m.fingerprint.starts_with(n)));
+    match (fit.next(), fit.next()) {
+        (Some(model), None) => Ok(model),
+        (None, _) => Err(Error::Input(format!(
+            "both servers have {}; have its owner `veiltune share` the model, or give another name to --model",
+            if known.is_empty() {
+                "no model".into()
+            } else {
+                known.join(", ")
+            }
+        ))),
+        (Some(_), Some(_)) => Err(Error::Input(format!(
+            "the servers have {}: say which one with --model",
+            known.join(", ")
+        ))),
+    }
+}
+
+fn remote(args: &TuneArgs, task: &Task, chosen: &[&Example], train: usize) -> Result<()> {
+    let (addresses, station) = (args.servers.addresses()?, args.servers.station(Role::DataOwner)?);
+    let public = find(owner::models(&station, &addresses)?, args.model.as_deref())?;
+    let words = public.words()?;
+    let ground = Ground {
+        config: &public.config,
+        words: &words,
+        task,
+        initial: initial(&words, task, args.initial_text.as_deref(), args.prompt_tokens)?,
+        tokens: args.tokens,
+        bucket: args.bucket,
+    };
+    let rows = ground.rows(chosen)?;
+    let shape = ground.shape(
+        &rows,
+        train,
+        args.population,
+        args.together.unwrap_or(args.population),
+    );
+    shape.check(&public.config)?;
+    let comparison = comparison(&public.config, &shape, &args.servers.network)?;
+    if args.plan {
+        return super::plan::print(
+            &public.config,
+            &shape,
+            comparison,
+            args.budget,
+            args.validate_every,
+            args.json,
+        );
+    }
+    let run = new_run(&public, shape, comparison)?;
+    let mut ids = rows.ids.clone();
+    ids.extend(ground.labels()?);
+    let texts = Encoded {
+        ids,
+        keep: rows.keep.clone(),
+    };
+    let mut remote = Remote::begin(
+        &station,
+        &addresses,
+        &run,
+        super::program::table_rows(&public.config),
+        &texts,
+    )?;
+    let answer = optimise(
+        args,
+        &ground,
+        &rows,
+        train,
+        (&public.name, &public.fingerprint, public.deviation),
+        "servers",
+        &mut remote,
+    );
+    match answer {
+        Ok((mut answer, _)) => {
+            answer.bytes = Some(remote.bytes());
+            remote.end()?;
+            say(args, &answer)
+        }
+        Err(e) => {
+            remote.abort(&e.for_peer());
+            Err(match e {
+                Error::Wire(_) | Error::Engine(_) => Error::Input(format!(
+                    "{e}; what was tuned so far is kept: start the same command again, and it goes on"
+                )),
+                e => e,
+            })
+        }
+    }
+}
+
+/// How comparisons are cheaper over this network.
+pub fn comparison(config: &LanguageConfig, shape: &Shape, network: &Network) -> Result<Comparison> {
+    let program = Tuning {
+        model: config,
+        shape,
+        comparison: Comparison::Fss,
+        weights: None,
+        known: None,
+    };
+    Ok(cheapest_comparison(&program, shape.kinds().len(), network)?)
+}
+
+/// A run with a number of its own.
+pub fn new_run(public: &PublicModel, shape: Shape, comparison: Comparison) -> Result<Run> {
+    let mut number = [0; 16];
+    getrandom::fill(&mut number)
+        .map_err(|e| Error::io("drawing a run's number")(std::io::Error::other(e)))?;
+    Ok(Run {
+        number,
+        model: public.fingerprint.clone(),
+        shape,
+        masked_bits: comparison == Comparison::MaskedBits,
+    })
+}
+
+fn local(args: &TuneArgs, task: &Task, chosen: &[&Example], train: usize) -> Result<()> {
+    let name = args.model.as_deref().ok_or_else(|| {
+        Error::Input(
+            "give --servers and --assistant to tune privately, or --model to tune in the clear".into(),
+        )
+    })?;
+    let checkpoint = model::open(name)?;
+    let ready = args
+        .calibration
+        .ready(&checkpoint, args.attention.attention(), args.tokens)?;
+    let fingerprint: String = checkpoint
+        .fingerprint()?
+        .iter()
+        .map(|b| format!("{b:02x}"))
+        .collect();
+    let ground = Ground {
+        config: &ready.config,
+        words: &checkpoint.tokenizer,
+        task,
+        initial: initial(
+            &checkpoint.tokenizer,
+            task,
+            args.initial_text.as_deref(),
+            args.prompt_tokens,
+        )?,
+        tokens: args.tokens,
+        bucket: args.bucket,
+    };
+    let rows = ground.rows(chosen)?;
+    let shape = ground.shape(
+        &rows,
+        train,
+        args.population,
+        args.together.unwrap_or(args.population),
+    );
+    shape.check(&ready.config)?;
+    if args.plan {
+        let comparison = comparison(&ready.config, &shape, &args.servers.network)?;
+        return super::plan::print(
+            &ready.config,
+            &shape,
+            comparison,
+            args.budget,
+            args.validate_every,
+            args.json,
+        );
+    }
+    let holder = Holder::new(texts(&ready, &rows, &ground.labels()?)?);
+    let program = Tuning {
+        model: &ready.config,
+        shape: &shape,
+        comparison: Comparison::Fss,
+        weights: Some(&ready.weights),
+        known: None,
+    };
+    let (plain, fixed) = (Plain::new(), Fixed::new()?);
+    let mut evaluate: Box<dyn Evaluate + '_> = match args.interpreter {
+        Interpreter::Float => Box::new(Clear::new(&plain, program, &holder)?),
+        Interpreter::Fixed => Box::new(Clear::new(&fixed, program, &holder)?),
+    };
+    let interpreter = match args.interpreter {
+        Interpreter::Float => "float",
+        Interpreter::Fixed => "fixed",
+    };
+    let identity = (name, fingerprint.as_str(), ready.deviation);
+    let (mut answer, outcome) = optimise(
+        args,
+        &ground,
+        &rows,
+        train,
+        identity,
+        interpreter,
+        evaluate.as_mut(),
+    )?;
+    drop(evaluate);
+    if let Some(path) = &args.test {
+        let all = task.examples(path).map_err(tune)?;
+        let some: Vec<&Example> = subset(all.len(), args.test_limit, args.seed)
+            .into_iter()
+            .map(|i| &all[i])
+            .collect();
+        let prompts = [Prompt(vec![0.0; outcome.prompt.0.len()]), outcome.prompt.clone()];
+        let scores = match args.interpreter {
+            Interpreter::Float => measure(&ground, &ready, &Plain::new(), &some, &prompts)?,
+            Interpreter::Fixed => measure(&ground, &ready, &Fixed::new()?, &some, &prompts)?,
+        };
+        (answer.initial_test, answer.tuned_test) = (Some(scores[0]), Some(scores[1]));
+        answer.test_texts = some.len();
+    }
+    say(args, &answer)
+}
+
+/// The data owner's part as a clear interpreter takes it.
+pub fn texts(ready: &Ready, rows: &Rows, labels: &[u32]) -> Result<Texts> {
+    let mut ids = rows.ids.clone();
+    ids.extend_from_slice(labels);
+    Ok(Texts {
+        words: model::rows(&ready.table, table_width(&ready.config), &ids)?,
+        keep: rows.keep.clone(),
+    })
+}
+
+/// Texts that are measured at a time.
+const AT_ONCE: usize = 32;
+
+/// The task's metric of each prompt on these texts.
+fn measure<B: Backend>(
+    ground: &Ground,
+    ready: &Ready,
+    backend: &B,
+    examples: &[&Example],
+    prompts: &[Prompt],
+) -> Result<Vec<f64>> {
+    let answers: Vec<usize> = examples.iter().map(|e| e.label).collect();
+    let (classes, metric) = (ground.task.labels.len(), ground.task.metric);
+    let logits = logits(ground, ready, backend, examples, prompts)?;
+    let score = |l: &Vec<f32>| Score::of(l, &answers, classes, Loss::CrossEntropy, metric).metric;
+    Ok(logits.iter().map(score).collect())
+}
+
+/// Each prompt's logits `[texts, labels]`, in the clear.
+pub fn logits<B: Backend>(
+    ground: &Ground,
+    ready: &Ready,
+    backend: &B,
+    examples: &[&Example],
+    prompts: &[Prompt],
+) -> Result<Vec<Vec<f32>>> {
+    let classes = ground.task.labels.len();
+    let mut logits = vec![Vec::new(); prompts.len()];
+    for some in examples.chunks(AT_ONCE) {
+        let rows = ground.rows(some)?;
+        let shape = ground.shape(&rows, some.len(), prompts.len(), 1);
+        let holder = Holder::new(texts(ready, &rows, &ground.labels()?)?);
+        let program = Tuning {
+            model: &ready.config,
+            shape: &shape,
+            comparison: Comparison::Fss,
+            weights: Some(&ready.weights),
+            known: None,
+        };
+        let mut clear = Clear::new(backend, program, &holder)?;
+        let all = clear
+            .logits(Split::Train, prompts)
+            .map_err(|e| Error::Input(e.to_string()))?;
+        for (list, logits) in logits.iter_mut().zip(all.chunks(some.len() * classes)) {
+            list.extend_from_slice(logits);
+        }
+    }
+    Ok(logits)
+}
+
+fn optimise(
+    args: &TuneArgs,
+    ground: &Ground,
+    rows: &Rows,
+    train: usize,
+    (name, fingerprint, deviation): (&str, &str, f64),
+    interpreter: &'static str,
+    evaluate: &mut dyn Evaluate,
+) -> Result<(Answer, Outcome)> {
+    let settings = Settings {
+        population: args.population,
+        sigma: args.sigma,
+        budget: args.budget,
+        validate_every: args.validate_every,
+        patience: args.patience,
+        loss: match args.hinge {
+            true => Loss::Hinge { margin: 2.0 },
+            false => Loss::CrossEntropy,
+        },
+        metric: ground.task.metric,
+        seed: args.seed,
+    };
+    let classes = ground.task.labels.len();
+    let hidden = ground.config.hidden_size;
+    let projection =
+        Projection::new(args.prompt_tokens, hidden, args.dimension, deviation, args.seed).map_err(tune)?;
+    let attention = json!(ground.config.attention);
+    let identity = format!(
+        "{fingerprint} {attention} {} {} {}",
+        ground.task.name, args.shots, args.seed
+    );
+    std::fs::create_dir_all(&args.output).map_err(Error::io(&args.output.display().to_string()))?;
+    let checkpoint = args.output.join("checkpoint.json");
+    let mut tuner = Tuner::open(
+        settings,
+        projection,
+        rows.split(train, classes),
+        &identity,
+        &checkpoint,
+    )
+    .map_err(tune)?;
+    if tuner.evaluations() > 0 {
+        eprintln!("going on after {} evaluations", tuner.evaluations());
+    }
+    if rows.cut > 0 {
+        eprintln!(
+            "{} of {} texts are cut to {} tokens; --tokens allows more",
+            rows.cut,
+            rows.len(),
+            ground.tokens
+        );
+    }
+    let stop = Arc::new(AtomicBool::new(false));
+    let flag = stop.clone();
+    let handler = ctrlc::set_handler(move || {
+        if flag.swap(true, Relaxed) {
+            std::process::exit(130);
+        }
+        eprintln!("stopping after this generation; press Ctrl-C again to stop at once");
+    });
+    handler.map_err(|e| Error::io("catching interruptions")(std::io::Error::other(e)))?;
+    let metric = ground.task.metric.name();
+    let mut last = std::time::Instant::now() - Duration::from_secs(60);
+    let outcome = tuner.run(evaluate, &stop, &mut |p| {
+        let done = p.record.evaluations >= p.budget;
+        if last.elapsed() < Duration::from_secs(2) && !done && p.record.validation.is_none() {
+            return;
+        }
+        last = std::time::Instant::now();
+        let left = p.left.map_or(String::new(), |s| format!(", {s:.0} s left"));
+        eprintln!(
+            "{} of {} evaluations: loss {:.3}, best in validation {metric} {:.3}{left}",
+            p.record.evaluations,
+            p.budget,
+            p.train.map_or(f64::NAN, |b| b.score.loss),
+            p.best.score.metric
+        );
+    });
+    let outcome = outcome.map_err(tune)?;
+    let artefact = Artefact {
+        base_model: name.to_owned(),
+        base_model_sha256: Some(fingerprint.to_owned()),
+        prompt: outcome.prompt.clone(),
+        tokens: args.prompt_tokens,
+        mode: veiltune_tune::Mode::Add {
+            tokens: ground.initial.clone(),
+        },
+        task: ground.task.clone(),
+        family: model::template(ground.config),
+        attention: attention.clone(),
+    };
+    artefact.write(&args.output).map_err(tune)?;
+    let history = tuner.history();
+    let curve = veiltune_tune::plot::svg(history, metric).map_err(tune)?;
+    write(&args.output, "curve.svg", curve.as_bytes())?;
+    let answer = Answer {
+        task: ground.task.name.clone(),
+        model: name.to_owned(),
+        attention,
+        interpreter,
+        seed: args.seed,
+        shots: args.shots,
+        evaluations: tuner.evaluations(),
+        metric,
+        initial_validation: outcome.initial.metric,
+        best_validation: outcome.best.score.metric,
+        initial_test: None,
+        tuned_test: None,
+        test_texts: 0,
+        seconds: history.last().map_or(0.0, |r| r.seconds),
+        ended: format!("{:?}", outcome.ended).to_lowercase(),
+        bytes: None,
+        output: args.output.display().to_string(),
+    };
+    match outcome.ended {
+        Ended::Interrupted => {
+            eprintln!(
+                "interrupted after {} evaluations; start the same command again to go on",
+                tuner.evaluations()
+            );
+            Ok((answer, outcome))
+        }
+        _ => Ok((answer, outcome)),
+    }
+}
+
+fn write(dir: &Path, name: &str, bytes: &[u8]) -> Result<()> {
+    let path = dir.join(name);
+    std::fs::write(&path, bytes).map_err(Error::io(&path.display().to_string()))
+}
+
+fn say(args: &TuneArgs, answer: &Answer) -> Result<()> {
+    if args.json {
+        let text = serde_json::to_string_pretty(answer).map_err(|e| Error::Input(e.to_string()))?;
+        println!("{text}");
+        return Ok(());
+    }
+    let mut lines = BTreeMap::from([
+        (
+            0,
+            format!(
+                "{} evaluations in {:.1} s ({})",
+                answer.evaluations, answer.seconds, answer.ended
+            ),
+        ),
+        (
+            1,
+            format!(
+                "{} in validation: {:.3} with the initial prompt, {:.3} with the tuned one",
+                answer.metric, answer.initial_validation, answer.best_validation
+            ),
+        ),
+    ]);
+    if let (Some(before), Some(after)) = (answer.initial_test, answer.tuned_test) {
+        lines.insert(
+            2,
+            format!(
+                "{} on {} test texts: {before:.3} with the initial prompt, {after:.3} with the tuned one",
+                answer.metric, answer.test_texts
+            ),
+        );
+    }
+    if let Some([sent, received]) = answer.bytes {
+        lines.insert(
+            3,
+            format!(
+                "sent {:.2} MB, received {:.2} MB",
+                sent as f64 / 1e6,
+                received as f64 / 1e6
+            ),
+        );
+    }
+    lines.insert(4, format!("the prompt is in {}", answer.output));
+    lines.values().for_each(|line| println!("{line}"));
+    Ok(())
+}

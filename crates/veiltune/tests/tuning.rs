@@ -1,0 +1,163 @@
+//! Prompt tuning as a user runs it.
+
+use std::process::{Command, Output};
+
+fn veiltune(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_veiltune"))
+        .args(args)
+        .output()
+        .expect("the program runs")
+}
+
+fn assets(name: &str) -> String {
+    format!("{}/../../assets/demo-text/{name}", env!("CARGO_MANIFEST_DIR"))
+}
+
+#[test]
+fn the_demonstration_tunes_on_five_processes() {
+    let output = veiltune(&["demo", "tune", "--budget", "20", "--json"]);
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let report: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    assert_eq!(report["evaluations"], 20);
+    // A logit is off by a few thousandths; an answer may turn where two labels are that close.
+    let agree = report["agree"].as_u64().expect("a number");
+    assert!(
+        agree + 3 >= report["agree_of"].as_u64().expect("a number"),
+        "{report}"
+    );
+    for accuracy in ["accuracy_before", "accuracy_after"] {
+        assert!(report[accuracy].as_f64().expect("a number") > 0.25, "{report}");
+    }
+}
+
+#[test]
+fn tuning_in_the_clear_in_both_arithmetics_and_going_on() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let run = |arithmetic: &str, budget: &str, out: &str| {
+        let out = dir.path().join(out);
+        let output = veiltune(&[
+            "tune",
+            "--model",
+            &assets(""),
+            "--task",
+            &assets("task.json"),
+            "--data",
+            &assets("shots.tsv"),
+            "--interpreter",
+            arithmetic,
+            "--output",
+            out.to_str().expect("a name"),
+            "--tokens",
+            "24",
+            "--prompt-tokens",
+            "4",
+            "--dimension",
+            "20",
+            "--shots",
+            "4",
+            "--population",
+            "6",
+            "--validate-every",
+            "6",
+            "--budget",
+            budget,
+            "--json",
+        ]);
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        let curve = std::fs::read_to_string(out.join("curve.svg")).expect("a curve");
+        assert!(curve.contains("<svg") && out.join("adapter_config.json").exists());
+        report
+    };
+    let float = run("float", "18", "float");
+    let fixed = run("fixed", "18", "fixed");
+    assert_eq!(float["evaluations"], 18);
+    // The same trajectory, but for the rounding of fixed point.
+    let validation = |r: &serde_json::Value| r["best_validation"].as_f64().expect("a number");
+    assert!(
+        (validation(&float) - validation(&fixed)).abs() < 0.26,
+        "{float} {fixed}"
+    );
+    // In two steps as in one.
+    run("float", "6", "steps");
+    let steps = run("float", "18", "steps");
+    assert_eq!(validation(&steps), validation(&float));
+    let prompt = |name: &str| {
+        std::fs::read(dir.path().join(name).join("adapter_model.safetensors")).expect("a prompt")
+    };
+    assert_eq!(prompt("steps"), prompt("float"));
+}
+
+#[test]
+fn bad_input_is_named() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let out = dir.path().join("out");
+    let out = out.to_str().expect("a name");
+    let refused = |args: &[&str], words: &[&str]| {
+        let output = veiltune(args);
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success(), "{args:?}");
+        assert!(!error.contains("panicked"), "{error}");
+        for word in words {
+            assert!(error.contains(word), "{word:?} is not in {error}");
+        }
+    };
+    let (task, shots, model) = (assets("task.json"), assets("shots.tsv"), assets(""));
+    let tune = ["tune", "--output", out, "--data", &shots];
+    let with = |more: &[&str]| -> Vec<String> { tune.iter().chain(more).map(|s| (*s).to_owned()).collect() };
+    let check = |more: &[&str], words: &[&str]| {
+        let args = with(more);
+        refused(&args.iter().map(String::as_str).collect::<Vec<_>>(), words);
+    };
+    check(&["--task", "nothing"], &["nothing", "sst-2"]);
+    check(&["--task", &task], &["--servers", "--model"]);
+    check(&["--task", &task, "--model", &model, "--shots", "60"], &["60"]);
+    check(
+        &[
+            "--task",
+            &task,
+            "--model",
+            &model,
+            "--tokens",
+            "6",
+            "--prompt-tokens",
+            "5",
+        ],
+        &["6"],
+    );
+    check(
+        &[
+            "--task",
+            &task,
+            "--servers",
+            "127.0.0.1:1",
+            "--assistant",
+            "127.0.0.1:2",
+        ],
+        &["--servers", "two"],
+    );
+    let pairs = dir.path().join("bad.json");
+    std::fs::write(
+        &pairs,
+        r#"{"name": "x", "masked": "{prompt} {text}", "verbalizer": {"a": "food"}}"#,
+    )
+    .expect("a file");
+    check(
+        &["--task", pairs.to_str().expect("a name"), "--model", &model],
+        &["bad.json"],
+    );
+    refused(&["classify", "--keys", out, "--text", &shots], &["--prompt"]);
+    refused(
+        &["classify", "--keys", out, "--provider", "127.0.0.1:1", &shots],
+        &["--dealer"],
+    );
+}
