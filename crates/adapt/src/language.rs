@@ -253,15 +253,15 @@ fn vectors(config: &LanguageConfig, texts: &[Text], rng: &mut StdRng) -> Vec<f32
             let product = |row: &Vec<(usize, f32)>| row.iter().map(|(b, m)| m * column[*b]).sum();
             *column = rows.iter().map(product).collect();
         }
-        for i in 0..width {
+        for (i, strength) in strength.iter_mut().enumerate() {
             let (before, rest) = basis.split_at_mut(i);
             let column = &mut rest[0];
             for other in before {
                 let along: f32 = column.iter().zip(&*other).map(|(a, b)| a * b).sum();
                 column.iter_mut().zip(other).for_each(|(a, b)| *a -= along * *b);
             }
-            strength[i] = column.iter().map(|a| a * a).sum::<f32>().sqrt().max(1e-9);
-            column.iter_mut().for_each(|a| *a /= strength[i]);
+            *strength = column.iter().map(|a| a * a).sum::<f32>().sqrt().max(1e-9);
+            column.iter_mut().for_each(|a| *a /= *strength);
         }
     }
     let mut vectors = normal(rng, words * width, SPREAD);

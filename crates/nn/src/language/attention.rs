@@ -3,9 +3,7 @@
 
 use std::cell::RefCell;
 
-use veiltune_engine::{
-    Backend, Error, NormSpec, Owner, Params, Party, Result, SoftmaxSpec,
-};
+use veiltune_engine::{Backend, Error, NormSpec, Owner, Params, Party, Result, SoftmaxSpec};
 
 use super::block::scaled;
 use super::config::{Attention, AttentionRanges, LanguageConfig};
@@ -454,7 +452,11 @@ impl Rfa {
             return Err(Error::program("random features", "rows are no heads"));
         };
         // In turns, which fixed point reduces by itself.
-        let turns: Vec<f32> = self.projections.iter().map(|w| w / std::f32::consts::TAU).collect();
+        let turns: Vec<f32> = self
+            .projections
+            .iter()
+            .map(|w| w / std::f32::consts::TAU)
+            .collect();
         let w = b.input(Owner::Public, &[groups, width, self.features], Some(&turns))?;
         let x = b.reshape(&b.transpose(&x, 0, 1)?, &[groups, batch * rows, width])?;
         let x = b.reshape(&b.matmul(&x, &w)?, &[groups, batch, rows, self.features])?;

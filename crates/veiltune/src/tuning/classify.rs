@@ -88,7 +88,7 @@ pub fn run(args: &TextArgs, keys: &std::path::Path, network: Network, wait: f64,
         .map_err(|_| Error::Input(format!("{}: not UTF-8; convert the file", file.display())))?;
     let examples = examples(&content, artefact.task.pairs())?;
     let start = std::time::Instant::now();
-    let (rows, answer) = classify(
+    let labelled = classify(
         &station,
         &addresses,
         &artefact,
@@ -100,10 +100,10 @@ pub fn run(args: &TextArgs, keys: &std::path::Path, network: Network, wait: f64,
     let answer = Answer {
         model: artefact.base_model.clone(),
         texts: examples.len(),
-        cut: answer.0,
+        cut: labelled.cut,
         seconds: start.elapsed().as_secs_f64(),
-        bytes: answer.1,
-        results: rows,
+        bytes: labelled.bytes,
+        results: labelled.rows,
     };
     print(json, &answer, || {
         let mut rows = vec![["line", "label", "confidence"].map(String::from)];
@@ -155,7 +155,16 @@ fn examples(content: &str, pairs: bool) -> Result<Vec<Example>> {
     }
 }
 
-/// Classifies texts on the servers: labels by line, and how many texts were cut, and the bytes that it took.
+/// What the data owner learns, and what it took.
+pub struct Labelled {
+    rows: Vec<Row>,
+    /// Texts that were cut.
+    cut: usize,
+    /// To and from the three others.
+    bytes: [u64; 2],
+}
+
+/// Classifies texts on the servers.
 pub fn classify(
     station: &Station,
     addresses: &Addresses,
@@ -164,7 +173,7 @@ pub fn classify(
     tokens: usize,
     bucket: usize,
     network: Network,
-) -> Result<(Vec<Row>, (usize, [u64; 2]))> {
+) -> Result<Labelled> {
     let public = find(owner::models(station, addresses)?, artefact.base_model_sha256.as_deref()).map_err(|_| {
         Error::Input(format!(
             "the prompt was tuned on {} as it was then shared, which the servers do not have; tune it on a model that they \
@@ -218,5 +227,9 @@ pub fn classify(
         }
     };
     let results = logits.chunks(classes).enumerate().map(row).collect();
-    Ok((results, (rows.cut, bytes)))
+    Ok(Labelled {
+        rows: results,
+        cut: rows.cut,
+        bytes,
+    })
 }

@@ -83,7 +83,7 @@ impl Role {
 #[serde(rename_all = "kebab-case")]
 pub enum Request {
     /// A model's owner shares it.
-    Share(PublicModel),
+    Share(Box<PublicModel>),
     /// A data owner asks which models there are.
     Models,
     /// A data owner begins a run.
@@ -238,7 +238,7 @@ pub fn share(
         .collect::<Result<BTreeMap<_, _>>>()?;
     let mut work = || -> Result<()> {
         for link in links.values() {
-            talk::send(link, &Request::Share(public.clone()))?;
+            talk::send(link, &Request::Share(Box::new(public.clone())))?;
         }
         let [first, second, assistant] =
             [Role::Server0, Role::Server1, Role::Assistant].map(|role| links.get(&role));
