@@ -264,6 +264,8 @@ impl PartySession {
                 parameters.clone(),
                 outside,
             );
+            // Gone with this scope's work, also if that fails: the preparation then waits for no further pass.
+            let pace = pace_tx;
             let mut run = || -> Result<()> {
                 let (start, before) = (Instant::now(), peer.meter());
                 let model = program.load(&online)?;
@@ -290,7 +292,7 @@ impl PartySession {
                     let index = if program.paced() {
                         let next = online.next(done)?;
                         // If the preparation has failed, it says so itself.
-                        let _ = pace_tx.send(next);
+                        let _ = pace.send(next);
                         match next {
                             Some(index) => index.into(),
                             None => break,
@@ -308,7 +310,7 @@ impl PartySession {
                 failure.record(e);
             }
             parameters.close();
-            drop(online);
+            drop((online, pace));
         });
         if let Some(e) = failure.first.into_inner().unwrap_or_else(|e| e.into_inner()) {
             return Err(e);

@@ -2,6 +2,7 @@
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
@@ -118,6 +119,7 @@ fn start(role: Role, args: &ServerArgs, assistant: Option<String>, peer: Option<
         store: (args.store.clone(), key),
         runs: args.runs,
         memory: (args.memory * 2f64.powi(30)) as u64,
+        stop: Arc::default(),
     };
     serve(&station, &service, &|address| {
         let mut out = std::io::stdout().lock();

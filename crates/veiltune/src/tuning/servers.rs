@@ -8,6 +8,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -177,10 +178,10 @@ impl Station {
         )?))
     }
 
-    /// Waits for one of `roles` to call.
-    fn accept(&self, listener: &Listener, roles: &[Role]) -> Result<(Role, Arc<dyn Link>)> {
+    /// Waits for one of `roles` to call, at most `wait`.
+    fn accept(&self, listener: &Listener, roles: &[Role], wait: Duration) -> Result<(Role, Arc<dyn Link>)> {
         let names: Vec<_> = roles.iter().map(|r| r.identity()).collect();
-        let deadline = std::time::Instant::now() + self.options.connect;
+        let deadline = std::time::Instant::now() + wait;
         loop {
             match listener.accept(&names) {
                 Ok(link) => {
@@ -196,6 +197,19 @@ impl Station {
                     std::thread::sleep(Duration::from_millis(20));
                 }
             }
+        }
+    }
+
+    /// Waits for a server to call for the run that goes on; others are told that it does.
+    fn accept_server(&self, listener: &Listener, servers: &[Role]) -> Result<(Role, Arc<dyn Link>)> {
+        let mut roles = servers.to_vec();
+        roles.extend([Role::ModelOwner, Role::DataOwner]);
+        loop {
+            let (role, link) = self.accept(listener, &roles, self.options.connect)?;
+            if servers.contains(&role) {
+                return Ok((role, link));
+            }
+            link.abort("busy with another run; try again later");
         }
     }
 
@@ -373,6 +387,8 @@ pub struct Service {
     pub runs: Option<usize>,
     /// Bytes of memory that a run may need, by its plan.
     pub memory: u64,
+    /// Set from outside: it ends after the run that it is in.
+    pub stop: Arc<AtomicBool>,
 }
 
 impl Service {
@@ -397,8 +413,8 @@ pub fn serve(station: &Station, service: &Service, listening: &dyn Fn(std::net::
     let listener = station.listen(&service.listen)?;
     listening(listener.address());
     let mut runs = 0;
-    while service.runs.is_none_or(|most| runs < most) {
-        let (role, link) = match station.accept(&listener, &[Role::ModelOwner, Role::DataOwner]) {
+    while service.runs.is_none_or(|most| runs < most) && !service.stop.load(Relaxed) {
+        let (role, link) = match station.accept(&listener, &[Role::ModelOwner, Role::DataOwner], POLL) {
             Ok(call) => call,
             Err(Error::Wire(veiltune_wire::Error::NobodyCame { .. })) => continue,
             Err(e) => return Err(e),
@@ -478,7 +494,7 @@ fn assist(
     let mut links = BTreeMap::new();
     let work = (|| -> Result<()> {
         while links.len() < 2 {
-            let (role, link) = station.accept(listener, &[Role::Server0, Role::Server1])?;
+            let (role, link) = station.accept_server(listener, &[Role::Server0, Role::Server1])?;
             links.insert(role, link);
         }
         for (role, link) in &links {
@@ -541,7 +557,7 @@ fn compute(
         station.greet(&assistant, Role::Assistant, run, plan.program)?;
         let other = Role::server(party.peer());
         let link = match party {
-            Party::P0 => station.accept(listener, &[other])?.1,
+            Party::P0 => station.accept_server(listener, &[other])?.1,
             Party::P1 => station.call(other, &address(&service.peer, "server 0")?)?,
         };
         peer = Some(link.clone());

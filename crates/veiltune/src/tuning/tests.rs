@@ -2,7 +2,8 @@
 
 use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::mpsc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use veiltune_engine::{Comparison, Plain};
@@ -44,6 +45,15 @@ macro_rules! checkpoint {
 
 const WAIT: Duration = Duration::from_secs(20);
 
+/// Ends the servers, also if a test fails.
+struct Stop(Arc<AtomicBool>);
+
+impl Drop for Stop {
+    fn drop(&mut self) {
+        self.0.store(true, Relaxed);
+    }
+}
+
 struct Place {
     dir: tempfile::TempDir,
 }
@@ -70,8 +80,10 @@ impl Place {
         .unwrap()
     }
 
-    /// Runs both servers and the assistant for `runs` runs while `work` goes on.
-    fn with_servers<T>(&self, runs: usize, work: impl FnOnce(&Addresses) -> T) -> T {
+    /// Runs both servers and the assistant while `work` goes on.
+    fn with_servers<T>(&self, work: impl FnOnce(&Addresses) -> T) -> T {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopping = Stop(stop.clone());
         std::thread::scope(|scope| {
             let start = |role: Role, assistant: Option<SocketAddr>, peer: Option<SocketAddr>| {
                 let (tell, heard) = mpsc::channel();
@@ -82,8 +94,9 @@ impl Place {
                     assistant: assistant.map(|a| a.to_string()),
                     peer: peer.map(|a| a.to_string()),
                     store: (dir.clone(), dir.with_extension("key")),
-                    runs: Some(runs),
+                    runs: None,
                     memory: 1 << 32,
+                    stop: stop.clone(),
                 };
                 scope.spawn(move || {
                     serve(&station, &service, &|address| tell.send(address).unwrap()).unwrap()
@@ -93,6 +106,7 @@ impl Place {
             let assistant = start(Role::Assistant, None, None);
             let first = start(Role::Server0, Some(assistant), None);
             let second = start(Role::Server1, Some(assistant), Some(first));
+            let _stopping = stopping;
             work(&Addresses {
                 servers: [first.to_string(), second.to_string()],
                 assistant: assistant.to_string(),
@@ -182,8 +196,8 @@ fn run(checkpoint: &LanguageCheckpoint, attention: Attention) {
 
     let place = Place::new();
     let public = public("tiny".into(), &ready, &checkpoint.tokenizer).unwrap();
-    place.with_servers(0, |_| ());
-    let got = place.with_servers(1, |addresses| {
+    place.with_servers(|_| ());
+    let got = place.with_servers(|addresses| {
         let all = [
             (Role::Server0, addresses.servers[0].clone()),
             (Role::Server1, addresses.servers[1].clone()),
@@ -200,7 +214,7 @@ fn run(checkpoint: &LanguageCheckpoint, attention: Attention) {
         )
     });
     // After a restart the shares are still there.
-    let again = place.with_servers(1, |addresses| {
+    let again = place.with_servers(|addresses| {
         let station = place.station(Role::DataOwner);
         go(
             &station, addresses, &public, &shape, &rows.keep, &rows.ids, &labels, &prompts,
@@ -315,7 +329,7 @@ fn servers_outlive_a_data_owner_that_vanishes() {
         ids: vec![7; shape.rows()],
         keep: vec![1.0; 8],
     };
-    place.with_servers(3, |addresses| {
+    place.with_servers(|addresses| {
         let all = [
             (Role::Server0, addresses.servers[0].clone()),
             (Role::Server1, addresses.servers[1].clone()),
@@ -342,7 +356,13 @@ fn servers_outlive_a_data_owner_that_vanishes() {
             "{refused}"
         );
         drop(begin(&shape).unwrap());
-        let mut remote = begin(&shape).unwrap();
+        // Until they have noticed, they are busy.
+        let mut remote = (0..200)
+            .find_map(|_| {
+                std::thread::sleep(Duration::from_millis(100));
+                begin(&shape).ok()
+            })
+            .unwrap();
         let prompt = vec![0.1; 2 * ready.config.hidden_size];
         let logits = remote.logits(super::program::Pass::Generation, &prompt).unwrap();
         assert_eq!(logits.len(), 2);
