@@ -176,8 +176,8 @@ pub trait Backend {
     fn relu(&self, x: &Self::Tensor) -> Result<Self::Tensor>;
     /// A smooth function by its Fourier sum on `range`.
     fn activation(&self, x: &Self::Tensor, f: Activation, range: Range) -> Result<Self::Tensor>;
-    /// sin(2 pi x) and cos(2 pi x), elementwise, exact for every x: angles in turns, because those wrap in fixed point by
-    /// themselves.
+    /// sin(2 pi x) and cos(2 pi x), elementwise, for every x: angles in turns, because those wrap in fixed point by themselves.
+    /// Error at most 4e-4, of which x to 16 fractional bits is most.
     fn turns(&self, x: &Self::Tensor) -> Result<[Self::Tensor; 2]>;
     /// Softmax over the last dimension.
     fn softmax(&self, x: &Self::Tensor, spec: &SoftmaxSpec) -> Result<Self::Tensor>;

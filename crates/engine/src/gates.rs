@@ -213,7 +213,7 @@ pub trait Gates {
     fn is_carried(&self, x: &Self::T) -> bool;
     /// Sum of squares over the last dimension, kept with length 1. Scales add up.
     fn square_sum(&self, x: &Self::T) -> Result<Self::T>;
-    /// A trigonometric series; result at `series.scale()`.
+    /// Trigonometric series of one period, and of as many harmonics; each result at its `series.scale()`.
     fn series_of(&self, x: &Self::T, all: &[Arc<Series>]) -> Result<Vec<Self::T>>;
     /// One of them.
     fn series(&self, x: &Self::T, series: &Arc<Series>) -> Result<Self::T> {

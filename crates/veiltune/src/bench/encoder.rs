@@ -7,13 +7,11 @@ use clap::{Args, ValueEnum};
 use serde::Serialize;
 use veiltune_engine::session::{self, Program};
 use veiltune_engine::{
-    Backend, Comparison, Error as EngineError, Memory, NormKind, NormSpec, Outside, Owner, Params, Party,
-    Plain, Range, Result as EngineResult, Revealed, Tally,
+    Backend, Comparison, Error as EngineError, Memory, Outside, Owner, Params, Party, Plain,
+    Result as EngineResult, Revealed, Tally,
 };
 use veiltune_hub::Array;
-use veiltune_nn::language::{
-    Attention, Family, HiddenAct, LanguageCheckpoint, LanguageConfig, LanguageModel, fold,
-};
+use veiltune_nn::language::{Attention, LanguageCheckpoint, LanguageConfig, LanguageModel, fold};
 use veiltune_ring::Ring;
 use veiltune_ring::codec;
 use veiltune_ring::prg::{Prg, Seed};
@@ -85,46 +83,17 @@ enum Material {
     Streamed,
 }
 
-fn config(args: &EncoderArgs) -> LanguageConfig {
-    let (family, layers, width) = match args.model {
-        Shape::RobertaLarge => (Family::Roberta, 24, 1024),
-        Shape::BertLarge => (Family::Bert, 24, 1024),
-        Shape::BertBase => (Family::Bert, 12, 768),
+fn config(args: &EncoderArgs) -> Result<LanguageConfig> {
+    let name = match args.model {
+        Shape::RobertaLarge => "roberta-large",
+        Shape::BertLarge => "bert-large",
+        Shape::BertBase => "bert-base",
     };
-    let roberta = family == Family::Roberta;
-    let layers = args.layers.unwrap_or(layers);
-    // Replaced by `with_attention`.
-    let norm = NormSpec {
-        kind: NormKind::Layer,
-        eps: 0.0,
-        sigma: (0.0, 0.0),
-    };
-    LanguageConfig {
-        family,
-        vocab_size: if roberta { 50_265 } else { 30_522 },
-        embedding_size: width,
-        hidden_size: width,
-        num_hidden_layers: layers,
-        num_attention_heads: width / 64,
-        num_key_value_heads: width / 64,
-        head_dim: 64,
-        intermediate_size: 4 * width,
-        hidden_act: HiddenAct::Gelu,
-        max_positions: 512,
-        position_offset: if roberta { 2 } else { 0 },
-        type_vocab_size: if roberta { 1 } else { 2 },
-        norm_eps: if roberta { 1e-5 } else { 1e-12 },
-        rope_theta: 0.0,
-        attention_bias: true,
-        tied: true,
+    let preset = LanguageConfig::preset(name)?;
+    let config = LanguageConfig {
+        num_hidden_layers: args.layers.unwrap_or(preset.num_hidden_layers),
         has_head: false,
-        attention: Attention::Softmax,
-        embedding_norm: norm,
-        layers: Vec::new(),
-        final_norm: norm,
-        head_activation: Range::Exact,
-        head_norm: norm,
-        folded: false,
+        ..preset
     }
     .with_attention(match args.attention {
         Kind::Softmax => Attention::Softmax,
@@ -132,7 +101,9 @@ fn config(args: &EncoderArgs) -> LanguageConfig {
             features: args.features,
             seed: 1,
         },
-    })
+    });
+    config.check()?;
+    Ok(config)
 }
 
 /// A parameter: matrices of variance 1 / inputs, gains of one. The same for the same name.
@@ -298,7 +269,7 @@ struct Report {
 
 /// Runs it.
 pub fn run(args: &EncoderArgs) -> Result<()> {
-    let config = config(args);
+    let config = config(args)?;
     let dims = [args.batch, args.tokens, config.hidden_size];
     if args.tokens > config.max_positions || dims.contains(&0) {
         return Err(Error::Input(format!(

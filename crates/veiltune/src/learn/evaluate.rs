@@ -75,7 +75,6 @@ struct Summary {
 pub fn run(args: &EvaluateArgs) -> Result<()> {
     let interrupted = interruptible()?;
     let classifier = inputs::classifier(Some(&args.adapter))?;
-    args.data.fetch_backbone()?;
     let named = args.data.backbone.as_deref();
     let preparation = Preparation::new(&classifier.config, named)?;
     check_backbone(

@@ -71,18 +71,7 @@ impl DataArgs {
 
     /// The backbone, downloaded if need be.
     pub fn open_backbone(&self) -> Result<Backbone> {
-        self.fetch_backbone()?;
         inputs::backbone(self.backbone.as_deref())
-    }
-
-    /// Downloads the backbone if it is not on this machine.
-    pub fn fetch_backbone(&self) -> Result<()> {
-        if let Some(name) = &self.backbone {
-            let bar = Bar::new("download");
-            veiltune_hub::fetch(name, &mut |p| bar.at(p.done as usize, p.total as usize, p.file))
-                .map_err(|e| inputs::bad_weights(e, Some(Path::new(name)), "--backbone"))?;
-        }
-        Ok(())
     }
 
     /// The labelled pictures at `path`, which came with `option`, all of which can be read; and how many were left out because

@@ -129,9 +129,15 @@ pub fn mask_rows(seed: &Seed, rows: std::ops::Range<usize>, width: usize, out: &
     }
 }
 
-/// What hides the assistant's sums from the server that they go to; server `i` expands the same.
-pub fn blind(seed: &Seed, run: &[u8; 16], sums: &mut [u64]) {
-    let mask = Prg::new(&seed.derive(run), 0, 0).vec(sums.len());
+/// Bytes of a holder's [`Selections`] for both of its tables.
+pub fn selected_bytes(rows: usize, domain: usize) -> u64 {
+    2 * rows as u64 * 8 * domain.div_ceil(64) as u64
+}
+
+/// What hides the assistant's sums from the server that they go to; server `i` expands the same. `fresh` is the assistant's, and never
+/// the same twice.
+pub fn blind(seed: &Seed, fresh: &[u8; 16], sums: &mut [u64]) {
+    let mask = Prg::new(&seed.derive(fresh), 0, 0).vec(sums.len());
     sums.iter_mut()
         .zip(mask)
         .for_each(|(s, m)| *s = s.wrapping_add(m));

@@ -37,6 +37,7 @@ pub fn models(station: &Station, addresses: &Addresses) -> Result<Vec<PublicMode
     let text = |m: &PublicModel| serde_json::to_string(m).unwrap_or_default();
     let known: std::collections::HashSet<String> = second.iter().map(text).collect();
     first.retain(|m| known.contains(&text(m)));
+    first.iter().try_for_each(PublicModel::check)?;
     Ok(first)
 }
 

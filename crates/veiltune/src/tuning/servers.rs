@@ -323,7 +323,12 @@ fn encode(name: &str, values: &[f32]) -> Result<Vec<u64>> {
 
 /// A server's or the assistant's part of [`share`].
 fn take_share(store: &Store, holder: Holder, public: &PublicModel, link: &dyn Link) -> Result<()> {
-    public.config.check()?;
+    public.check()?;
+    if store.has(&public.fingerprint) {
+        return Err(Error::Refused(
+            "a model of that fingerprint is here already".into(),
+        ));
+    }
     store.begin(public)?;
     let id = &public.fingerprint;
     let seed = |count: usize, part: Part| -> Result<()> {
@@ -488,7 +493,7 @@ fn assist(
     let (rows, domain, width) = (run.shape.rows(), table_rows(model), table_width(model));
     let program = run.program(&public.config);
     let plan = program.plan()?;
-    service.check(plan.tally.memory.dealer())?;
+    service.check(plan.tally.memory.dealer() + lookup::selected_bytes(rows, domain))?;
     let selections = lookup::receive_keys(owner, Holder::Assistant, rows, domain)?;
     let masks = seeds(store, &run.model, Part::Masks, 2)?;
     let mut links = BTreeMap::new();
@@ -500,10 +505,15 @@ fn assist(
         for (role, link) in &links {
             station.greet(link, *role, run, plan.program)?;
         }
+        // Fresh, whatever number the data owner gave the run: what hides the sums is never used twice.
+        let fresh = Seed::random().map_err(EngineError::from)?;
+        for link in links.values() {
+            link.send(fresh.expose().to_vec())?;
+        }
         // What it adds up of server 0's mask goes to server 1, and the other way round.
         for ((selections, mask), to) in selections.iter().zip(&masks).zip([Role::Server1, Role::Server0]) {
             let mut sums = lookup::mask_sums(mask, domain, width, selections)?;
-            lookup::blind(mask, &run.number, &mut sums);
+            lookup::blind(mask, fresh.expose(), &mut sums);
             talk::send_words(&links[&to], &sums)?;
         }
         let both = [Role::Server0, Role::Server1].map(|role| links[&role].clone());
@@ -535,7 +545,7 @@ fn compute(
     let (rows, domain, width) = (run.shape.rows(), table_rows(model), table_width(model));
     let program = run.program(model);
     let plan = program.plan()?;
-    service.check(plan.tally.memory.party(party, Some(AHEAD)))?;
+    service.check(plan.tally.memory.party(party, Some(AHEAD)) + lookup::selected_bytes(rows, domain))?;
     // The data owner's inputs: server 0 expands its shares from a seed.
     let inputs = match party {
         Party::P0 => {
@@ -563,12 +573,14 @@ fn compute(
         peer = Some(link.clone());
         station.greet(&link, other, run, plan.program)?;
 
+        let mut fresh = [0; 16];
+        assistant.recv(&mut fresh)?;
         let masks = seeds(store, &run.model, Part::Masks, 1)?;
         let table = store
             .reader(&run.model, Part::Table)?
             .take_words(domain * width)?;
         let mut own = lookup::mask_sums(&masks[0], domain, width, &selections[1])?;
-        lookup::blind(&masks[0], &run.number, &mut own);
+        lookup::blind(&masks[0], &fresh, &mut own);
         let mut sums = lookup::table_sums(&table, width, &selections[0])?;
         drop(table);
         if party == Party::P1 {

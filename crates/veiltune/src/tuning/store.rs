@@ -40,7 +40,32 @@ pub struct PublicModel {
     pub special: Special,
 }
 
+/// Most parameters of a model, its word table included.
+const MOST: u128 = 1 << 34;
+
 impl PublicModel {
+    /// Refuses what no model has, and what would only exhaust memory.
+    pub fn check(&self) -> Result<()> {
+        let c = &self.config;
+        c.check()?;
+        let [d, heads, groups, width, mlp, layers] = [
+            c.hidden_size,
+            c.num_attention_heads,
+            c.num_key_value_heads,
+            c.head_dim,
+            c.intermediate_size,
+            c.num_hidden_layers,
+        ]
+        .map(|n| n as u128);
+        let layer = 2 * d * width * (heads + groups) + 3 * d * mlp;
+        let words = 2 * c.vocab_size as u128 * c.embedding_size as u128;
+        let positions = c.max_positions as u128 * c.embedding_size as u128;
+        match layers * layer + words + positions + d * d <= MOST {
+            true => Ok(()),
+            false => Err(Error::Refused(format!("a model of more than {MOST} parameters"))),
+        }
+    }
+
     /// The tokenizer.
     pub fn words(&self) -> Result<Tokenizer> {
         let json = serde_json::to_vec(&self.tokenizer).unwrap_or_default();

@@ -337,6 +337,18 @@ fn servers_outlive_a_data_owner_that_vanishes() {
         ];
         let owner = place.station(Role::ModelOwner);
         share(&owner, &public, &ready.weights, &ready.table, &all, &mut |_| ()).unwrap();
+        let again = |public: &super::store::PublicModel| {
+            share(&owner, public, &ready.weights, &ready.table, &all, &mut |_| ())
+                .unwrap_err()
+                .to_string()
+        };
+        assert!(again(&public).contains("here already"));
+        // Sizes that would only exhaust memory are refused before anything is made of them.
+        let mut endless = public.clone();
+        endless.config.intermediate_size = 1 << 20;
+        endless.config.num_hidden_layers = 1 << 10;
+        endless.config.layers = vec![public.config.layers[0].clone(); 1 << 10];
+        assert!(endless.check().unwrap_err().to_string().contains("parameters"));
         let station = place.station(Role::DataOwner);
         let rows = table_rows(&public.config);
         let begin = |shape: &super::program::Shape| {

@@ -670,7 +670,8 @@ fn optimise(
         "{fingerprint} {attention} {} {} {}",
         ground.task.name, args.shots, args.seed
     );
-    std::fs::create_dir_all(&args.output).map_err(Error::io(&args.output.display().to_string()))?;
+    // Prompt and losses are the data owner's alone.
+    crate::deal::private_directory(&args.output).map_err(Error::io(&args.output.display().to_string()))?;
     let checkpoint = args.output.join("checkpoint.json");
     let mut tuner = Tuner::open(
         settings,
