@@ -352,12 +352,6 @@ impl States {
 
     /// What `reads` say of one view of these pictures, each `[pictures, tokens, d]`, prepared.
     pub fn batch(&self, view: usize, which: &[usize], reads: &[Read]) -> Result<Vec<Tensor>> {
-        let records: Vec<_> = which.iter().map(|&i| (view, i)).collect();
-        self.mixed(&records, reads)
-    }
-
-    /// As [`States::batch`], each picture in a view of its own: `(view, picture)`.
-    pub fn mixed(&self, records: &[(usize, usize)], reads: &[Read]) -> Result<Vec<Tensor>> {
         let b = Plain::new();
         let mut raw: BTreeMap<Item, Tensor> = BTreeMap::new();
         let mut batch = Vec::with_capacity(reads.len());
@@ -365,29 +359,28 @@ impl States {
             let item = Item::of(read);
             let state = match raw.entry(item) {
                 Entry::Occupied(read) => read.into_mut(),
-                Entry::Vacant(none) => none.insert(self.read(records, item)?),
+                Entry::Vacant(none) => none.insert(self.read(view, which, item)?),
             };
             batch.push(read.prepare(&b, state)?);
         }
         Ok(batch)
     }
 
-    fn read(&self, records: &[(usize, usize)], item: Item) -> Result<Tensor> {
+    fn read(&self, view: usize, which: &[usize], item: Item) -> Result<Tensor> {
+        let found = [item, item.whole()]
+            .into_iter()
+            .find_map(|kept| Some((kept, self.files.get(&(view, kept))?)));
+        let Some((kept, file)) = found else {
+            let detail = format!("view {view} of {} is not in this cache", item.name());
+            return Err(Error::Settings(detail));
+        };
         let (tokens, width) = self.shapes.of(item);
-        let values = tokens * width;
+        let (values, stride) = (tokens * width, self.shapes.bytes(kept));
         let mut bytes = vec![0; 2 * values];
         let mut halves = vec![f16::ZERO; values];
-        let mut floats = vec![0.0; records.len() * values];
-        for (&(view, i), floats) in records.iter().zip(floats.chunks_exact_mut(values)) {
-            let found = [item, item.whole()]
-                .into_iter()
-                .find_map(|kept| Some((kept, self.files.get(&(view, kept))?)));
-            let Some((kept, file)) = found else {
-                let detail = format!("view {view} of {} is not in this cache", item.name());
-                return Err(Error::Settings(detail));
-            };
+        let mut floats = vec![0.0; which.len() * values];
+        for (&i, floats) in which.iter().zip(floats.chunks_exact_mut(values)) {
             // The class token is the first of a record.
-            let stride = self.shapes.bytes(kept);
             read_at(file, &mut bytes, (i * stride) as u64).map_err(Error::io(&self.dir))?;
             for (half, bytes) in halves.iter_mut().zip(bytes.as_chunks().0) {
                 *half = f16::from_le_bytes(*bytes);
@@ -396,7 +389,7 @@ impl States {
         }
         Ok(Tensor::from_vec(
             floats,
-            (records.len(), tokens, width),
+            (which.len(), tokens, width),
             &Device::Cpu,
         )?)
     }
@@ -876,21 +869,6 @@ mod tests {
             .unwrap();
         let whole = states.batch(1, &which, &reads()).unwrap();
         assert_eq!(values(&class[0]), values(&whole[0].narrow(1, 0, 1).unwrap()));
-    }
-
-    #[test]
-    fn each_picture_can_be_seen_in_a_view_of_its_own() {
-        let world = World::new(9);
-        let cache = world.cache("cache");
-        let states = open(&world.request(&cache), &reads()).unwrap();
-        let mixed = states.mixed(&[(1, 3), (0, 8), (1, 0)], &reads()).unwrap();
-        for (row, (view, picture)) in [(1, 3), (0, 8), (1, 0)].into_iter().enumerate() {
-            let alone = states.batch(view, &[picture], &reads()).unwrap();
-            for (mixed, alone) in mixed.iter().zip(&alone) {
-                assert_eq!(values(&mixed.narrow(0, row, 1).unwrap()), values(alone));
-            }
-        }
-        assert!(states.mixed(&[(0, 0), (2, 0)], &reads()).is_err());
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! Training the private part of any method on a frozen backbone's hidden states.
 //!
 //! The forward pass is the one that is later planned, dealt and served. With V views every picture is seen in each of them in
-//! turn, epoch by epoch, each picture from another view on; in the last epoch all are seen as in testing: what batch norms
-//! average then is what they will meet. What comes out are the parameters after the epoch that the validation pictures like best.
+//! turn, all in the same view in an epoch, in the last one as in testing: what batch norms average then is what they will meet.
+//! What comes out are the parameters after the epoch that the validation pictures like best.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -601,16 +601,6 @@ impl<'a> Run<'a> {
         plot::write(dir, &self.done.curve)
     }
 
-    /// The view in which an epoch, from 0, shows a picture.
-    fn view(&self, epoch: usize, picture: usize) -> usize {
-        let settings = self.task.settings;
-        let first = seed_of(settings.seed, [u64::MAX, picture as u64]);
-        match epoch + 1 == settings.epochs {
-            true => 0,
-            false => (first.wrapping_add(epoch as u64) % self.task.train.states.views() as u64) as usize,
-        }
-    }
-
     fn per_epoch(&self) -> usize {
         self.task.train.which.len().div_ceil(self.task.settings.batch)
     }
@@ -634,14 +624,13 @@ impl<'a> Run<'a> {
                 .iter()
                 .map(|(_, which)| which.len() as f32 / batch.len() as f32)
                 .collect();
-            let step = self.step as u64;
+            let (step, view) = (self.step as u64, (settings.epochs - 1 - epoch) % states.views());
             let (model, reads) = (&self.model, &self.reads);
             let pass = |(i, which): &(usize, &[usize])| -> Result<(Tensor, Pass)> {
                 let seed = seed_of(settings.seed, [1 + step, *i as u64]);
                 let b = Plain::training();
                 let private = model.load(Some((settings.dropout, seed)))?;
-                let shown: Vec<_> = which.iter().map(|&i| (self.view(epoch, i), i)).collect();
-                let logits = private.forward(&b, &states.mixed(&shown, reads)?)?;
+                let logits = private.forward(&b, &states.batch(view, which, reads)?)?;
                 let labels = states.labels_of(which)?;
                 let best = logits.detach().argmax(1)?;
                 let right = best.eq(&labels)?.to_dtype(DType::U32)?.sum_all()?.to_scalar()?;

@@ -28,8 +28,7 @@ const DECAY: f32 = 1e-4;
 /// The parameters of every method's last layer.
 pub const HEAD: [&str; 2] = ["head.weight", "head.bias"];
 
-/// What the head of `method` is given for these pictures, one view after the other, `[views x pictures, d]`. `initial` has the
-/// method's untrained parameters.
+/// What the head of `method` is given for these pictures, `[pictures, d]`. `initial` has the method's untrained parameters.
 pub fn features(
     method: &Method,
     initial: impl Fn(&str, &[usize]) -> veiltune_engine::Result<Tensor> + Sync,
@@ -47,18 +46,15 @@ pub fn features(
             _ => initial(name, dims),
         }
     };
-    let pass = |&(view, which): &(usize, &[usize])| -> Result<Tensor> {
+    let pass = |which: &&[usize]| -> Result<Tensor> {
         // Batch norms have seen nothing yet: they use what they see.
         let b = Plain::training();
         let params = Params::new(|name, dims: &[usize]| Ok(load(name, dims)?.detach()));
         let model: Private<Plain> = bare.load(&params, &params)?;
-        let inputs = pictures.states.batch(view, which, reads)?;
+        let inputs = pictures.states.batch(0, which, reads)?;
         Ok(model.forward(&b, &inputs)?.detach())
     };
-    let views = 0..pictures.states.views();
-    let passes: Vec<_> = views
-        .flat_map(|view| pictures.which.chunks(PASS).map(move |which| (view, which)))
-        .collect();
+    let passes: Vec<&[usize]> = pictures.which.chunks(PASS).collect();
     let parts = workers
         .map(&passes, pass)
         .into_iter()
@@ -66,7 +62,7 @@ pub fn features(
     Ok(Tensor::cat(&parts, 0)?)
 }
 
-/// A head fitted to [`features`]: weight `[classes, d]` and bias `[classes]`.
+/// A head fitted to `features [pictures, d]`: weight `[classes, d]` and bias `[classes]`.
 pub fn head(
     features: &Tensor,
     pictures: Pictures,
@@ -92,10 +88,7 @@ pub fn head(
             let loss = |which: &&[usize]| -> Result<(Tensor, ())> {
                 let index: Vec<u32> = which.iter().map(|&i| i as u32).collect();
                 let x = features.index_select(&Tensor::from_vec(index, which.len(), &Device::Cpu)?, 0)?;
-                let own: Vec<usize> = which
-                    .iter()
-                    .map(|&i| pictures.which[i % pictures.which.len()])
-                    .collect();
+                let own: Vec<usize> = which.iter().map(|&i| pictures.which[i]).collect();
                 let var = |name| {
                     vars.get(name)
                         .ok_or_else(|| Error::Settings(format!("no parameter {name}")))
