@@ -7,6 +7,7 @@ use serde::Serialize;
 use veiltune_wire::Network;
 
 use crate::Party;
+use crate::material::QUEUED;
 
 /// Name of an operation in the tables.
 pub type Operation = &'static str;
@@ -45,10 +46,13 @@ impl Cost {
     }
 }
 
+/// Gates after each other whose material [`Memory`] knows the sums of: more than a preparation runs ahead.
+pub const GATES: usize = 16;
+
 /// Bytes of a session's tensors and material, counted by the walk: what is alive at once, from where a program makes a tensor
 /// to where it drops it. An upper estimate, because tensors that share their elements (a tensor and its reshaped view)
-/// count each, and because a gate's temporaries are taken as twice the largest tensor. Buffers of links and the program's
-/// own values (weights as floats) are not in it.
+/// count each, and because a gate's temporaries are taken as twice the largest tensor. The parties' link buffers and the
+/// program's own values (weights as floats) are not in it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Memory {
     /// Shares, masks and openings at each party, of parameters and activations, at the peak.
@@ -58,8 +62,8 @@ pub struct Memory {
     pub masks: [u64; 2],
     /// Material of all passes, at either party.
     pub material: u64,
-    /// Material of the gate that needs most.
-    pub largest_gate: u64,
+    /// Material of so many gates after each other as the index says, and one more, where they need most.
+    pub gates: [u64; GATES],
     /// Values dealt at once, at most. The dealer makes keys in small batches.
     pub largest_deal: u64,
     /// The largest tensor.
@@ -71,14 +75,16 @@ impl Memory {
     pub fn party(&self, party: Party, ahead: Option<usize>) -> u64 {
         let i = party.index();
         // Beside those that wait, one gate is being prepared and one is in use.
-        let gates = ahead.map_or(u64::MAX, |n| n as u64 + 2);
-        let material = self.material.min(self.largest_gate.saturating_mul(gates));
+        let material = ahead
+            .and_then(|n| self.gates.get(n + 1))
+            .unwrap_or(&self.material);
         self.tensors[i] + self.masks[i] + material + 2 * self.largest_tensor
     }
 
-    /// Peak at the dealer, who keeps masks, and streams what it makes of them.
+    /// Peak at the dealer, who keeps masks, and streams what it makes of them to either party.
     pub fn dealer(&self) -> u64 {
-        self.masks[0] + self.masks[1] + 2 * (self.largest_deal + self.largest_tensor)
+        let queued = self.material.min(QUEUED as u64);
+        self.masks[0] + self.masks[1] + 2 * (self.largest_deal + self.largest_tensor + queued)
     }
 }
 

@@ -60,7 +60,7 @@ impl DealId {
 
 /// Bytes that a dealer queues for a party before it waits until they have gone: its memory stays bounded however
 /// slowly the party takes them.
-const AHEAD: usize = 64 << 20;
+pub(crate) const QUEUED: usize = 64 << 20;
 
 /// Streams to a party over its link.
 pub struct LinkSink {
@@ -80,7 +80,7 @@ impl Sink for LinkSink {
         for piece in bytes.chunks(CHUNK) {
             self.link.send(piece.to_vec())?;
             self.queued += piece.len();
-            if self.queued >= AHEAD {
+            if self.queued >= QUEUED {
                 self.link.flush()?;
                 self.queued = 0;
             }

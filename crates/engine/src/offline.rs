@@ -16,7 +16,7 @@ use veiltune_ring::Ring;
 use veiltune_ring::prg::{Prg, Seed};
 use veiltune_wire::pack;
 
-use crate::cost::{Memory, Operation, Tally};
+use crate::cost::{GATES, Memory, Operation, Tally};
 use crate::gates::{self, Gates, Local, Meta, Product, SCALE};
 use crate::material::{Material, ParameterStore, Queue, Sink, Source};
 use crate::opening::{BOTH, GateId, Learners, Opening, PARAMETER_GATES, holds};
@@ -91,6 +91,8 @@ impl Drop for Inner {
 struct Live {
     now: Cell<[[u64; 2]; 2]>,
     memory: Cell<Memory>,
+    /// Material of the last gates, the latest first.
+    gates: Cell<[u64; GATES]>,
 }
 
 impl Live {
@@ -119,7 +121,15 @@ impl Live {
     fn material(&self, bytes: u64) {
         let mut memory = self.memory.get();
         memory.material += bytes;
-        memory.largest_gate = memory.largest_gate.max(bytes);
+        let mut gates = self.gates.get();
+        gates.rotate_right(1);
+        gates[0] = bytes;
+        self.gates.set(gates);
+        let mut sum = 0;
+        for (most, bytes) in memory.gates.iter_mut().zip(gates) {
+            sum += bytes;
+            *most = sum.max(*most);
+        }
         self.memory.set(memory);
     }
 }

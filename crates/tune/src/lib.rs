@@ -14,6 +14,7 @@
 pub mod artefact;
 pub mod cma;
 mod error;
+mod linear;
 mod loss;
 pub mod plot;
 mod private;
@@ -26,6 +27,7 @@ mod tuning;
 pub use artefact::{Artefact, Mode};
 pub use cma::Cma;
 pub use error::{Cause, Error, Result};
+pub use linear::{Labelled, Linear};
 pub use loss::{Loss, Metric, Score, answer};
 pub use projection::{Projection, Prompt};
 pub use prompting::{Batch, Encoder, Sequence, Slot, Specials, Tokenize};

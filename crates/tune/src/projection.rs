@@ -17,6 +17,18 @@ const MAX_ENTRIES: usize = 1 << 32;
 #[derive(Clone, PartialEq)]
 pub struct Prompt(pub Vec<f32>);
 
+impl Prompt {
+    /// Tokens `[tokens, hidden]` that are spread as a model's embeddings are, `deviation`: what concatenated prompts start from
+    /// where the words' own embeddings cannot be seen.
+    pub fn random(tokens: usize, hidden: usize, deviation: f64, seed: u64) -> Prompt {
+        let mut random = ChaCha8Rng::seed_from_u64(seed);
+        // Other numbers than a projection's with the same seed.
+        random.set_stream(u64::MAX);
+        let normal = (0..tokens * hidden).map(|_| StandardNormal.sample(&mut random));
+        Prompt(normal.map(|x: f64| (deviation * x) as f32).collect())
+    }
+}
+
 impl fmt::Debug for Prompt {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         write!(f, "Prompt[{} values]", self.0.len())

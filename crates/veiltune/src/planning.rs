@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{Args, Subcommand};
 use serde::Serialize;
 use veiltune_engine::{Comparison, Cost};
 use veiltune_nn::load::Served;
@@ -18,7 +18,10 @@ use crate::{Error, Result};
 
 /// What `veiltune plan` takes.
 #[derive(Args, Debug)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct PlanArgs {
+    #[command(subcommand)]
+    other: Option<Other>,
     /// The adapter's public adapter_config.json, or the directory that it is in [default: the embedded one]
     #[arg(long, visible_alias = "adapter-config", value_name = "DIR|FILE")]
     adapter: Option<PathBuf>,
@@ -47,8 +50,20 @@ pub struct PlanArgs {
     json: bool,
 }
 
+/// What else can be planned.
+#[derive(Subcommand, Debug)]
+enum Other {
+    /// What tuning a prompt on shares of a language model will cost, by pass and for the whole budget
+    ///
+    /// Takes what `tune` takes: of the servers' model, or of one that is at hand (--model, without --servers).
+    Tune(crate::tuning::tune::PlanArgs),
+}
+
 /// Runs it.
 pub fn run(args: &PlanArgs) -> Result<()> {
+    if let Some(Other::Tune(args)) = &args.other {
+        return crate::tuning::tune::plan(args);
+    }
     if !(args.gmacs > 0.0 && args.gmacs.is_finite()) {
         return Err(Error::Input("--gmacs must be a positive number".into()));
     }

@@ -38,16 +38,17 @@ fn the_demonstration_tunes_on_five_processes() {
 #[test]
 fn tuning_in_the_clear_in_both_arithmetics_and_going_on() {
     let dir = tempfile::tempdir().expect("a folder");
-    let run = |arithmetic: &str, budget: &str, out: &str| {
+    let (model, task, data) = (assets(""), assets("task.json"), assets("shots.tsv"));
+    let run = |arithmetic: &str, budget: &str, out: &str, more: &[&str]| {
         let out = dir.path().join(out);
-        let output = veiltune(&[
+        let mut args = vec![
             "tune",
             "--model",
-            &assets(""),
+            &model,
             "--task",
-            &assets("task.json"),
+            &task,
             "--data",
-            &assets("shots.tsv"),
+            &data,
             "--interpreter",
             arithmetic,
             "--output",
@@ -67,7 +68,9 @@ fn tuning_in_the_clear_in_both_arithmetics_and_going_on() {
             "--budget",
             budget,
             "--json",
-        ]);
+        ];
+        args.extend(more);
+        let output = veiltune(&args);
         assert!(
             output.status.success(),
             "{}",
@@ -78,8 +81,8 @@ fn tuning_in_the_clear_in_both_arithmetics_and_going_on() {
         assert!(curve.contains("<svg") && out.join("adapter_config.json").exists());
         report
     };
-    let float = run("float", "18", "float");
-    let fixed = run("fixed", "18", "fixed");
+    let float = run("float", "18", "float", &[]);
+    let fixed = run("fixed", "18", "fixed", &[]);
     assert_eq!(float["evaluations"], 18);
     // The same trajectory, but for the rounding of fixed point.
     let validation = |r: &serde_json::Value| r["best_validation"].as_f64().expect("a number");
@@ -88,13 +91,29 @@ fn tuning_in_the_clear_in_both_arithmetics_and_going_on() {
         "{float} {fixed}"
     );
     // In two steps as in one.
-    run("float", "6", "steps");
-    let steps = run("float", "18", "steps");
+    run("float", "6", "steps", &[]);
+    let steps = run("float", "18", "steps", &[]);
     assert_eq!(validation(&steps), validation(&float));
     let prompt = |name: &str| {
         std::fs::read(dir.path().join(name).join("adapter_model.safetensors")).expect("a prompt")
     };
     assert_eq!(prompt("steps"), prompt("float"));
+
+    // A prompt that stands for itself; and what a linear classifier makes of the same texts.
+    let test = assets("test.tsv");
+    let more = ["--mode", "concatenate", "--test", &test, "--test-limit", "40"];
+    let report = run("float", "6", "concatenated", &more);
+    for member in ["initial_test", "tuned_test", "linear_test"] {
+        let accuracy = report[member].as_f64().expect("a number");
+        assert!((0.0..=1.0).contains(&accuracy), "{member}: {report}");
+    }
+    // Three topics.
+    assert!(
+        report["linear_test"].as_f64().expect("a number") > 0.4,
+        "{report}"
+    );
+    let config = std::fs::read_to_string(dir.path().join("concatenated/adapter_config.json"));
+    assert!(config.expect("a configuration").contains("\"concatenate\""));
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::Args;
 use serde::Serialize;
 use veiltune_hub::files;
-use veiltune_tune::{Artefact, Example, Mode, answer};
+use veiltune_tune::{Artefact, Example, answer};
 use veiltune_wire::Network;
 
 use super::layout::tune;
@@ -182,19 +182,11 @@ pub fn classify(
         ))
     })?;
     let words = public.words()?;
-    let initial = match &artefact.mode {
-        Mode::Add { tokens } => tokens.clone(),
-        Mode::Concatenate => {
-            return Err(Error::Input(
-                "a prompt that stands for itself is not run here; tune one that is added".into(),
-            ));
-        }
-    };
     let ground = Ground {
         config: &public.config,
         words: &words,
         task: &artefact.task,
-        initial,
+        slot: artefact.slot(),
         tokens,
         bucket,
     };

@@ -379,14 +379,11 @@ fn plainly(
     let mut labels = Vec::new();
     for dir in prompts {
         let artefact = Artefact::read(dir).map_err(tune)?;
-        let Mode::Add { tokens } = &artefact.mode else {
-            return Err(Error::Input("a prompt of another kind".into()));
-        };
         let ground = super::tune::Ground {
             config: &ready.config,
             words: &checkpoint.tokenizer,
             task,
-            initial: tokens.clone(),
+            slot: artefact.slot(),
             tokens: TOKENS,
             bucket: 8,
         };

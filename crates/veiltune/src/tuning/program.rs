@@ -10,21 +10,21 @@ use std::cell::RefCell;
 use serde::{Deserialize, Serialize};
 use veiltune_engine::session::{Plan, Program, plan};
 use veiltune_engine::{
-    Backend, Comparison, Error as EngineError, Owner, Params, Result as EngineResult, Revealed,
+    Backend, Comparison, Error as EngineError, Owner, Params, Party, Result as EngineResult, Revealed,
 };
 use veiltune_hub::Tensors;
 use veiltune_nn::language::{LanguageConfig, LanguageModel};
 
 use crate::{Error, Result};
 
-/// How the prompt meets the tokens at its slots.
+/// What the prompt does at its place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Mode {
-    /// It is added to their embeddings.
+    /// It is added to the embeddings of an initial text's tokens.
     Add,
-    /// It takes the place of their embeddings.
-    Replace,
+    /// It stands there itself.
+    Concatenate,
 }
 
 /// Everything that decides which messages are exchanged, besides the model; the servers and the assistant see it.
@@ -269,6 +269,18 @@ impl Tuning<'_> {
         })
     }
 
+    /// The mean of a bare text's last hidden states, `[hidden]`, from its rows of the word table, `[tokens, width]`: what a
+    /// classifier of its own would be given. In the clear.
+    pub fn pooled<B: Backend>(&self, b: &B, loaded: &Loaded<B>, words: &[f32]) -> EngineResult<Vec<f32>> {
+        let (width, size) = (table_width(self.model), self.model.embedding_size);
+        let words = b.input(Owner::Public, &[1, words.len() / width, width], Some(words))?;
+        let x = loaded.model.embed(b, &b.narrow(&words, 2, 0, size)?)?;
+        let hidden = loaded.model.hidden(b, &x, None)?;
+        let pooled = b.reveal(&loaded.model.pooled(b, &hidden, None)?, Party::P0)?;
+        let values = pooled.map_or_else(Vec::new, |r| r.values);
+        Ok(values.into_iter().map(|v| v as f32).collect())
+    }
+
     /// Logits `[prompts * texts, labels]` of `prompts [prompts, slots, hidden]` on one set of texts.
     fn logits<B: Backend>(
         &self,
@@ -288,7 +300,7 @@ impl Tuning<'_> {
         let prompts = b.reshape(prompts, &[count, 1, s.prompt, d])?;
         let at_slots = match s.mode {
             Mode::Add => b.add(&part(s.start, s.prompt)?, &prompts)?,
-            Mode::Replace => {
+            Mode::Concatenate => {
                 let zero = b.input(Owner::Public, &[1, n, 1, 1], Some(&vec![0.0; n]))?;
                 b.add(&prompts, &zero)?
             }

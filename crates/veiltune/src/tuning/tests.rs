@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use veiltune_engine::{Comparison, Plain};
 use veiltune_nn::language::{Attention, LanguageCheckpoint};
-use veiltune_tune::{Evaluate, Example, Prompt, Split, Task};
+use veiltune_tune::{Evaluate, Example, Prompt, Slot, Split, Task};
 use veiltune_wire::Network;
 use veiltune_wire::pki::Authority;
 
@@ -160,11 +160,16 @@ fn run(checkpoint: &LanguageCheckpoint, attention: Attention) {
         example(format!("{d} {c} {a}"), 1),
     ];
     let examples: Vec<&Example> = examples.iter().collect();
+    // Either way of joining a prompt, each in some of the families.
+    let slot = match ready.config.family.causal() {
+        true => Slot::Concatenate(2),
+        false => Slot::Add(initial(&checkpoint.tokenizer, &task, Some(c), 2).unwrap()),
+    };
     let ground = Ground {
         config: &ready.config,
         words: &checkpoint.tokenizer,
         task: &task,
-        initial: initial(&checkpoint.tokenizer, &task, Some(c), 2).unwrap(),
+        slot,
         tokens: 12,
         bucket: 4,
     };
@@ -318,7 +323,7 @@ fn servers_outlive_a_data_owner_that_vanishes() {
         answer: 6,
         start: 1,
         prompt: 2,
-        mode: super::program::Mode::Replace,
+        mode: super::program::Mode::Concatenate,
         texts: 1,
         validation: 0,
         labels: 2,

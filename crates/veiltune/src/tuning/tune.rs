@@ -9,13 +9,13 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 use serde_json::json;
-use veiltune_engine::session::cheapest_comparison;
+use veiltune_engine::session::{Program, cheapest_comparison};
 use veiltune_engine::{Backend, Comparison, Fixed, Plain};
 use veiltune_hub::{Tokenizer, files};
-use veiltune_nn::language::{Attention, LanguageConfig};
+use veiltune_nn::language::{Attention, LanguageCheckpoint, LanguageConfig};
 use veiltune_tune::{
-    Artefact, Encoder, Ended, Evaluate, Example, Loss, Outcome, Projection, Prompt, Score, Settings, Shots,
-    Slot, Split, Task, Tokenize, Tuner, subset,
+    Artefact, Encoder, Ended, Evaluate, Example, Labelled, Linear, Loss, Outcome, Projection, Prompt, Score,
+    Settings, Shots, Slot, Split, Task, Tokenize, Tuner, subset,
 };
 use veiltune_wire::Network;
 
@@ -125,7 +125,7 @@ impl CalibrationArgs {
     /// Calibrates a checkpoint for texts of at most `tokens`.
     pub fn ready(
         &self,
-        checkpoint: &veiltune_nn::language::LanguageCheckpoint,
+        checkpoint: &LanguageCheckpoint,
         attention: Attention,
         tokens: usize,
     ) -> Result<Ready> {
@@ -161,27 +161,21 @@ pub enum Interpreter {
     Fixed,
 }
 
-/// What `veiltune tune` takes.
+/// What decides the cost of a run.
 #[derive(Args, Debug)]
-pub struct TuneArgs {
+pub struct RunArgs {
     /// The task: sst-2, yelp, ag-news, mrpc, rte, nsmc, or a task file
     #[arg(long, value_name = "TASK")]
     task: String,
     /// Labelled texts, `text<TAB>label` a line or in the layout of the task
     #[arg(long, value_name = "FILE")]
     data: PathBuf,
-    /// Folder for the tuned prompt, the checkpoint and the tuning curve; an interrupted run goes on from there
-    #[arg(long, value_name = "DIR")]
-    output: PathBuf,
     #[command(flatten)]
     servers: Servers,
     /// Which of the servers' models, by its name [default: the only one]; or, without --servers, the folder of a model to tune on in
     /// the clear
     #[arg(long, value_name = "NAME|DIR")]
     model: Option<String>,
-    /// How a model at hand is run
-    #[arg(long, value_enum, default_value = "float")]
-    interpreter: Interpreter,
     #[command(flatten)]
     attention: AttentionArgs,
     #[command(flatten)]
@@ -198,6 +192,9 @@ pub struct TuneArgs {
     /// Tokens of the prompt
     #[arg(long, default_value_t = 50, value_name = "N")]
     prompt_tokens: usize,
+    /// How the prompt meets a text
+    #[arg(long, value_enum, default_value = "add")]
+    mode: Mode,
     /// Text whose tokens stand where the prompt is added [default: one that names the task's words]
     #[arg(long, value_name = "TEXT")]
     initial_text: Option<String>,
@@ -207,24 +204,37 @@ pub struct TuneArgs {
     /// Rows are as long as the longest, rounded up to a multiple of this: servers see no more of a text's length
     #[arg(long, default_value_t = 8, value_name = "N")]
     bucket: usize,
-    /// Coordinates that the optimiser moves
-    #[arg(long, default_value_t = 500, value_name = "N")]
-    dimension: usize,
     /// Prompts of a generation
     #[arg(long, default_value_t = 20, value_name = "N")]
     population: usize,
     /// Prompts that share a forward pass: fewer need less memory and more rounds [default: all of a generation]
     #[arg(long, value_name = "N")]
     together: Option<usize>,
-    /// The optimiser's first step
-    #[arg(long, default_value_t = 1.0)]
-    sigma: f64,
     /// Prompts to evaluate in all
     #[arg(long, default_value_t = 8000, value_name = "N")]
     budget: usize,
     /// Evaluations between validations
     #[arg(long, default_value_t = 100, value_name = "N")]
     validate_every: usize,
+}
+
+/// What `veiltune tune` takes.
+#[derive(Args, Debug)]
+pub struct TuneArgs {
+    #[command(flatten)]
+    run: RunArgs,
+    /// Folder for the tuned prompt, the checkpoint and the tuning curve; an interrupted run goes on from there
+    #[arg(long, value_name = "DIR")]
+    output: PathBuf,
+    /// How a model at hand is run
+    #[arg(long, value_enum, default_value = "float")]
+    interpreter: Interpreter,
+    /// Coordinates that the optimiser moves
+    #[arg(long, default_value_t = 500, value_name = "N")]
+    dimension: usize,
+    /// The optimiser's first step
+    #[arg(long, default_value_t = 1.0)]
+    sigma: f64,
     /// Stop after so many validations without a better prompt [default: go on]
     #[arg(long, value_name = "N")]
     patience: Option<usize>,
@@ -237,12 +247,72 @@ pub struct TuneArgs {
     /// Most texts to measure on, drawn by the seed
     #[arg(long, default_value_t = 1000, value_name = "N")]
     test_limit: usize,
-    /// Say what the run would cost on the servers, and stop
-    #[arg(long)]
-    plan: bool,
     /// A JSON object on standard output
     #[arg(long)]
     json: bool,
+}
+
+/// What `veiltune plan tune` takes.
+#[derive(Args, Debug)]
+pub struct PlanArgs {
+    #[command(flatten)]
+    run: RunArgs,
+    /// A JSON object on standard output
+    #[arg(long)]
+    json: bool,
+}
+
+impl RunArgs {
+    /// What stands where the prompt goes.
+    fn slot(&self, words: &Tokenizer, task: &Task) -> Result<Slot> {
+        Ok(match self.mode {
+            Mode::Add => {
+                let text = self.initial_text.as_deref();
+                Slot::Add(initial(words, task, text, self.prompt_tokens)?)
+            }
+            Mode::Concatenate => Slot::Concatenate(self.prompt_tokens),
+        })
+    }
+
+    /// The model that is at hand.
+    fn open(&self) -> Result<LanguageCheckpoint> {
+        let name = self.model.as_deref().ok_or_else(|| {
+            Error::Input(
+                "give --servers and --assistant to tune privately, or --model to tune in the clear".into(),
+            )
+        })?;
+        model::open(name)
+    }
+
+    /// The texts as rows for a model, and what its owner's servers are told of them.
+    fn lay_out<'a>(
+        &self,
+        config: &'a LanguageConfig,
+        words: &'a Tokenizer,
+        chosen: &'a Chosen,
+    ) -> Result<(Ground<'a>, Rows, Shape)> {
+        let ground = Ground {
+            config,
+            words,
+            task: &chosen.task,
+            slot: self.slot(words, &chosen.task)?,
+            tokens: self.tokens,
+            bucket: self.bucket,
+        };
+        let rows = ground.rows(&chosen.examples.iter().collect::<Vec<_>>())?;
+        let together = self.together.unwrap_or(self.population);
+        let shape = ground.shape(&rows, chosen.train, self.population, together);
+        shape.check(config)?;
+        Ok((ground, rows, shape))
+    }
+
+    /// The prompt before tuning: nothing that is added, or tokens of no meaning.
+    fn start(&self, hidden: usize, deviation: f64) -> Prompt {
+        match self.mode {
+            Mode::Add => Prompt(vec![0.0; self.prompt_tokens * hidden]),
+            Mode::Concatenate => Prompt::random(self.prompt_tokens, hidden, deviation, self.seed),
+        }
+    }
 }
 
 /// What the command answers.
@@ -262,6 +332,9 @@ struct Answer {
     initial_test: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     tuned_test: Option<f64>,
+    /// Of a linear classifier on pooled features of the same texts, without a prompt, in float.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    linear_test: Option<f64>,
     test_texts: usize,
     seconds: f64,
     ended: String,
@@ -279,8 +352,8 @@ pub struct Ground<'a> {
     pub words: &'a Tokenizer,
     /// The task.
     pub task: &'a Task,
-    /// What stands where the prompt is added.
-    pub initial: Vec<u32>,
+    /// What stands where the prompt goes.
+    pub slot: Slot,
     /// Most tokens of a row.
     pub tokens: usize,
     /// Rows are rounded up to it.
@@ -308,8 +381,8 @@ impl Ground<'_> {
 
     fn encoder<'w>(&'w self, words: &'w Words<'w>) -> Result<Encoder<'w, Words<'w>>> {
         let limit = self.tokens.min(self.config.max_positions);
-        let slot = Slot::Add(self.initial.clone());
-        Encoder::new(words, self.task, model::template(self.config), slot, limit).map_err(tune)
+        let family = model::template(self.config);
+        Encoder::new(words, self.task, family, self.slot.clone(), limit).map_err(tune)
     }
 
     /// Sizes of a run on these rows, of which the first `train` are tuned on.
@@ -319,7 +392,10 @@ impl Ground<'_> {
             answer: rows.answer,
             start: rows.start,
             prompt: rows.prompt,
-            mode: Mode::Add,
+            mode: match self.slot {
+                Slot::Add(_) => Mode::Add,
+                Slot::Concatenate(_) => Mode::Concatenate,
+            },
             texts: train,
             validation: rows.len() - train,
             labels: self.task.labels.len(),
@@ -344,27 +420,72 @@ pub fn initial(words: &Tokenizer, task: &Task, text: Option<&str>, count: usize)
     }
 }
 
+/// A task, and the texts of a run. Holds texts and labels, and so has no `Debug`.
+struct Chosen {
+    task: Task,
+    /// Those to tune on, then those to validate on.
+    examples: Vec<Example>,
+    /// Number of the former.
+    train: usize,
+}
+
+impl Chosen {
+    /// Draws them by the seed.
+    fn draw(run: &RunArgs) -> Result<Chosen> {
+        let task = Task::named(&run.task).map_err(tune)?;
+        let all = task.examples(&run.data).map_err(tune)?;
+        let labels: Vec<usize> = all.iter().map(|e| e.label).collect();
+        let shots = Shots {
+            train: run.shots,
+            validation: run.validation_shots.unwrap_or(run.shots),
+        };
+        let drawn = shots.draw(&labels, &task.labels, run.seed).map_err(tune)?;
+        let which = drawn.train.iter().chain(&drawn.validation);
+        Ok(Chosen {
+            task,
+            examples: which.map(|&i| all[i].clone()).collect(),
+            train: drawn.train.len(),
+        })
+    }
+}
+
 /// Runs it.
 pub fn run(args: &TuneArgs) -> Result<()> {
-    let task = Task::named(&args.task).map_err(tune)?;
-    let examples = task.examples(&args.data).map_err(tune)?;
-    let labels: Vec<usize> = examples.iter().map(|e| e.label).collect();
-    let drawn = Shots {
-        train: args.shots,
-        validation: args.validation_shots.unwrap_or(args.shots),
+    let drawn = Chosen::draw(&args.run)?;
+    match args.run.servers.servers.is_empty() {
+        false => remote(args, &drawn),
+        true => local(args, &drawn),
     }
-    .draw(&labels, &task.labels, args.seed)
-    .map_err(tune)?;
-    let chosen: Vec<&Example> = drawn
-        .train
-        .iter()
-        .chain(&drawn.validation)
-        .map(|&i| &examples[i])
-        .collect();
-    match args.servers.servers.is_empty() {
-        false => remote(args, &task, &chosen, drawn.train.len()),
-        true => local(args, &task, &chosen, drawn.train.len()),
-    }
+}
+
+/// Says what a run would cost, on the servers' model or on one that is at hand and could be shared.
+pub fn plan(args: &PlanArgs) -> Result<()> {
+    let (run, drawn) = (&args.run, Chosen::draw(&args.run)?);
+    let (config, words) = match run.servers.servers.is_empty() {
+        false => {
+            let (addresses, station) = (run.servers.addresses()?, run.servers.station(Role::DataOwner)?);
+            let public = find(owner::models(&station, &addresses)?, run.model.as_deref())?;
+            let words = public.words()?;
+            (public.config, words)
+        }
+        true => {
+            let checkpoint = run.open()?;
+            let ready = run
+                .calibration
+                .ready(&checkpoint, run.attention.attention(), run.tokens)?;
+            (ready.config, checkpoint.tokenizer)
+        }
+    };
+    let (_, _, shape) = run.lay_out(&config, &words, &drawn)?;
+    let comparison = comparison(&config, &shape, &run.servers.network)?;
+    super::plan::print(
+        &config,
+        &shape,
+        comparison,
+        run.budget,
+        run.validate_every,
+        args.json,
+    )
 }
 
 /// The model that is asked for, of those that the servers have.
@@ -390,37 +511,13 @@ pub fn find(models: Vec<PublicModel>, name: Option<&str>) -> Result<PublicModel>
     }
 }
 
-fn remote(args: &TuneArgs, task: &Task, chosen: &[&Example], train: usize) -> Result<()> {
-    let (addresses, station) = (args.servers.addresses()?, args.servers.station(Role::DataOwner)?);
-    let public = find(owner::models(&station, &addresses)?, args.model.as_deref())?;
+fn remote(args: &TuneArgs, chosen: &Chosen) -> Result<()> {
+    let servers = &args.run.servers;
+    let (addresses, station) = (servers.addresses()?, servers.station(Role::DataOwner)?);
+    let public = find(owner::models(&station, &addresses)?, args.run.model.as_deref())?;
     let words = public.words()?;
-    let ground = Ground {
-        config: &public.config,
-        words: &words,
-        task,
-        initial: initial(&words, task, args.initial_text.as_deref(), args.prompt_tokens)?,
-        tokens: args.tokens,
-        bucket: args.bucket,
-    };
-    let rows = ground.rows(chosen)?;
-    let shape = ground.shape(
-        &rows,
-        train,
-        args.population,
-        args.together.unwrap_or(args.population),
-    );
-    shape.check(&public.config)?;
-    let comparison = comparison(&public.config, &shape, &args.servers.network)?;
-    if args.plan {
-        return super::plan::print(
-            &public.config,
-            &shape,
-            comparison,
-            args.budget,
-            args.validate_every,
-            args.json,
-        );
-    }
+    let (ground, rows, shape) = args.run.lay_out(&public.config, &words, chosen)?;
+    let comparison = comparison(&public.config, &shape, &servers.network)?;
     let run = new_run(&public, shape, comparison)?;
     let mut ids = rows.ids.clone();
     ids.extend(ground.labels()?);
@@ -439,7 +536,7 @@ fn remote(args: &TuneArgs, task: &Task, chosen: &[&Example], train: usize) -> Re
         args,
         &ground,
         &rows,
-        train,
+        chosen.train,
         (&public.name, &public.fingerprint, public.deviation),
         "servers",
         &mut remote,
@@ -487,53 +584,19 @@ pub fn new_run(public: &PublicModel, shape: Shape, comparison: Comparison) -> Re
     })
 }
 
-fn local(args: &TuneArgs, task: &Task, chosen: &[&Example], train: usize) -> Result<()> {
-    let name = args.model.as_deref().ok_or_else(|| {
-        Error::Input(
-            "give --servers and --assistant to tune privately, or --model to tune in the clear".into(),
-        )
-    })?;
-    let checkpoint = model::open(name)?;
+fn local(args: &TuneArgs, chosen: &Chosen) -> Result<()> {
+    let checkpoint = args.run.open()?;
+    let attention = args.run.attention.attention();
     let ready = args
+        .run
         .calibration
-        .ready(&checkpoint, args.attention.attention(), args.tokens)?;
+        .ready(&checkpoint, attention, args.run.tokens)?;
     let fingerprint: String = checkpoint
         .fingerprint()?
         .iter()
         .map(|b| format!("{b:02x}"))
         .collect();
-    let ground = Ground {
-        config: &ready.config,
-        words: &checkpoint.tokenizer,
-        task,
-        initial: initial(
-            &checkpoint.tokenizer,
-            task,
-            args.initial_text.as_deref(),
-            args.prompt_tokens,
-        )?,
-        tokens: args.tokens,
-        bucket: args.bucket,
-    };
-    let rows = ground.rows(chosen)?;
-    let shape = ground.shape(
-        &rows,
-        train,
-        args.population,
-        args.together.unwrap_or(args.population),
-    );
-    shape.check(&ready.config)?;
-    if args.plan {
-        let comparison = comparison(&ready.config, &shape, &args.servers.network)?;
-        return super::plan::print(
-            &ready.config,
-            &shape,
-            comparison,
-            args.budget,
-            args.validate_every,
-            args.json,
-        );
-    }
+    let (ground, rows, shape) = args.run.lay_out(&ready.config, &checkpoint.tokenizer, chosen)?;
     let holder = Holder::new(texts(&ready, &rows, &ground.labels()?)?);
     let program = Tuning {
         model: &ready.config,
@@ -551,29 +614,32 @@ fn local(args: &TuneArgs, task: &Task, chosen: &[&Example], train: usize) -> Res
         Interpreter::Float => "float",
         Interpreter::Fixed => "fixed",
     };
+    let name = args.run.model.as_deref().unwrap_or_default();
     let identity = (name, fingerprint.as_str(), ready.deviation);
     let (mut answer, outcome) = optimise(
         args,
         &ground,
         &rows,
-        train,
+        chosen.train,
         identity,
         interpreter,
         evaluate.as_mut(),
     )?;
     drop(evaluate);
     if let Some(path) = &args.test {
-        let all = task.examples(path).map_err(tune)?;
-        let some: Vec<&Example> = subset(all.len(), args.test_limit, args.seed)
+        let all = chosen.task.examples(path).map_err(tune)?;
+        let some: Vec<&Example> = subset(all.len(), args.test_limit, args.run.seed)
             .into_iter()
             .map(|i| &all[i])
             .collect();
-        let prompts = [Prompt(vec![0.0; outcome.prompt.0.len()]), outcome.prompt.clone()];
+        let start = args.run.start(ready.config.hidden_size, ready.deviation);
+        let prompts = [start, outcome.prompt.clone()];
         let scores = match args.interpreter {
             Interpreter::Float => measure(&ground, &ready, &Plain::new(), &some, &prompts)?,
             Interpreter::Fixed => measure(&ground, &ready, &Fixed::new()?, &some, &prompts)?,
         };
         (answer.initial_test, answer.tuned_test) = (Some(scores[0]), Some(scores[1]));
+        answer.linear_test = Some(linear(&ground, &ready, &shape, chosen, &some)?);
         answer.test_texts = some.len();
     }
     say(args, &answer)
@@ -605,6 +671,61 @@ fn measure<B: Backend>(
     let logits = logits(ground, ready, backend, examples, prompts)?;
     let score = |l: &Vec<f32>| Score::of(l, &answers, classes, Loss::CrossEntropy, metric).metric;
     Ok(logits.iter().map(score).collect())
+}
+
+/// The task's metric, on `test`, of a linear classifier that is fitted to the texts that are tuned on: [`Linear`].
+fn linear(ground: &Ground, ready: &Ready, shape: &Shape, chosen: &Chosen, test: &[&Example]) -> Result<f64> {
+    let all: Vec<&Example> = chosen.examples.iter().collect();
+    let (learned, validated) = all.split_at(chosen.train);
+    let mut sets = Vec::new();
+    for examples in [learned, validated, test] {
+        let labels: Vec<usize> = examples.iter().map(|e| e.label).collect();
+        sets.push((pooled(ground, ready, shape, examples)?, labels));
+    }
+    let [learned, validated, test] = [0, 1, 2].map(|i| Labelled {
+        features: &sets[i].0,
+        labels: &sets[i].1,
+    });
+    let (classes, metric) = (ground.task.labels.len(), ground.task.metric);
+    let linear = Linear::fit(learned, validated, classes, metric).map_err(tune)?;
+    let logits = linear.logits(test.features);
+    Ok(Score::of(&logits, test.labels, classes, Loss::CrossEntropy, metric).metric)
+}
+
+/// Features of the bare texts, `[texts, hidden]`, in float: [`Tuning::pooled`].
+fn pooled(ground: &Ground, ready: &Ready, shape: &Shape, examples: &[&Example]) -> Result<Vec<f32>> {
+    let b = Plain::new();
+    let program = Tuning {
+        model: &ready.config,
+        shape,
+        comparison: Comparison::Fss,
+        weights: Some(&ready.weights),
+        known: None,
+    };
+    let loaded = program.load(&b)?;
+    let special = ground.words.special();
+    let begin = match ready.config.family.causal() {
+        true => special.bos,
+        false => special.cls,
+    };
+    let (width, limit) = (
+        table_width(&ready.config),
+        ground.tokens.min(ground.config.max_positions),
+    );
+    let mut features = Vec::new();
+    for example in examples {
+        let mut ids: Vec<u32> = begin.into_iter().collect();
+        for text in std::iter::once(&example.text_a).chain(&example.text_b) {
+            ids.extend(ground.words.encode(text)?);
+            ids.extend(special.sep);
+        }
+        ids.truncate(limit);
+        if ids.is_empty() {
+            return Err(Error::Input("a text without words that the model knows".into()));
+        }
+        features.extend(program.pooled(&b, &loaded, &model::rows(&ready.table, width, &ids)?)?);
+    }
+    Ok(features)
 }
 
 /// Each prompt's logits `[texts, labels]`, in the clear.
@@ -649,26 +770,33 @@ fn optimise(
     evaluate: &mut dyn Evaluate,
 ) -> Result<(Answer, Outcome)> {
     let settings = Settings {
-        population: args.population,
+        population: args.run.population,
         sigma: args.sigma,
-        budget: args.budget,
-        validate_every: args.validate_every,
+        budget: args.run.budget,
+        validate_every: args.run.validate_every,
         patience: args.patience,
         loss: match args.hinge {
             true => Loss::Hinge { margin: 2.0 },
             false => Loss::CrossEntropy,
         },
         metric: ground.task.metric,
-        seed: args.seed,
+        seed: args.run.seed,
     };
     let classes = ground.task.labels.len();
     let hidden = ground.config.hidden_size;
-    let projection =
-        Projection::new(args.prompt_tokens, hidden, args.dimension, deviation, args.seed).map_err(tune)?;
+    let projection = Projection::new(
+        args.run.prompt_tokens,
+        hidden,
+        args.dimension,
+        deviation,
+        args.run.seed,
+    )
+    .and_then(|p| p.starting_at(args.run.start(hidden, deviation)))
+    .map_err(tune)?;
     let attention = json!(ground.config.attention);
     let identity = format!(
-        "{fingerprint} {attention} {} {} {}",
-        ground.task.name, args.shots, args.seed
+        "{fingerprint} {attention} {} {} {} {:?}",
+        ground.task.name, args.run.shots, args.run.seed, args.run.mode
     );
     // Prompt and losses are the data owner's alone.
     crate::deal::private_directory(&args.output).map_err(Error::io(&args.output.display().to_string()))?;
@@ -710,12 +838,12 @@ fn optimise(
         }
         last = std::time::Instant::now();
         let left = p.left.map_or(String::new(), |s| format!(", {s:.0} s left"));
+        let loss = p
+            .train
+            .map_or(String::new(), |b| format!("loss {:.3}, ", b.score.loss));
         eprintln!(
-            "{} of {} evaluations: loss {:.3}, best in validation {metric} {:.3}{left}",
-            p.record.evaluations,
-            p.budget,
-            p.train.map_or(f64::NAN, |b| b.score.loss),
-            p.best.score.metric
+            "{} of {} evaluations: {loss}best in validation {metric} {:.3}{left}",
+            p.record.evaluations, p.budget, p.best.score.metric
         );
     });
     let outcome = outcome.map_err(tune)?;
@@ -723,9 +851,12 @@ fn optimise(
         base_model: name.to_owned(),
         base_model_sha256: Some(fingerprint.to_owned()),
         prompt: outcome.prompt.clone(),
-        tokens: args.prompt_tokens,
-        mode: veiltune_tune::Mode::Add {
-            tokens: ground.initial.clone(),
+        tokens: args.run.prompt_tokens,
+        mode: match &ground.slot {
+            Slot::Add(tokens) => veiltune_tune::Mode::Add {
+                tokens: tokens.clone(),
+            },
+            Slot::Concatenate(_) => veiltune_tune::Mode::Concatenate,
         },
         task: ground.task.clone(),
         family: model::template(ground.config),
@@ -740,14 +871,15 @@ fn optimise(
         model: name.to_owned(),
         attention,
         interpreter,
-        seed: args.seed,
-        shots: args.shots,
+        seed: args.run.seed,
+        shots: args.run.shots,
         evaluations: tuner.evaluations(),
         metric,
         initial_validation: outcome.initial.metric,
         best_validation: outcome.best.score.metric,
         initial_test: None,
         tuned_test: None,
+        linear_test: None,
         test_texts: 0,
         seconds: history.last().map_or(0.0, |r| r.seconds),
         ended: format!("{:?}", outcome.ended).to_lowercase(),
@@ -794,10 +926,13 @@ fn say(args: &TuneArgs, answer: &Answer) -> Result<()> {
         ),
     ]);
     if let (Some(before), Some(after)) = (answer.initial_test, answer.tuned_test) {
+        let linear = answer.linear_test.map_or(String::new(), |v| {
+            format!(", {v:.3} by a linear classifier on pooled features")
+        });
         lines.insert(
             2,
             format!(
-                "{} on {} test texts: {before:.3} with the initial prompt, {after:.3} with the tuned one",
+                "{} on {} test texts: {before:.3} with the initial prompt, {after:.3} with the tuned one{linear}",
                 answer.metric, answer.test_texts
             ),
         );
