@@ -2,10 +2,10 @@
 //!
 //! The backbone is frozen and never sees what is trained on its states, so they are computed once for each view of a picture
 //! and read again in every epoch, by every training run and every candidate of a search. View 0 is the picture as in
-//! testing, the others are random crops, perhaps mirrored.
+//! testing, the others are random crops, perhaps mirrored. A text has one view.
 //!
-//! A cache is a folder for one backbone and one data set: a file for each view and state, of records in half precision, one a
-//! picture, and a manifest that says how many of each are whole. Records are on the disk before the manifest counts them, so
+//! A cache is a folder for one backbone and one data set: a file for each view and state, of records in half precision, one an
+//! example, and a manifest that says how many of each are whole. Records are on the disk before the manifest counts them, so
 //! that an interruption, of whatever kind, loses no more than the last few batches; the next run goes on from there.
 
 use std::collections::btree_map::Entry;
@@ -28,12 +28,14 @@ use sha2::{Digest, Sha256};
 use veiltune_engine::{Backend, Owner, Plain};
 use veiltune_hub::{Augment, Dataset, Fit, Preprocess, augment, files};
 use veiltune_nn::method::{State, Tokens};
-use veiltune_nn::{Backbone, Read, Vit, VitConfig};
+use veiltune_nn::text::TextModel;
+use veiltune_nn::{Backbone, Read, TextEncoder, Vit, VitConfig};
 
+use crate::texts::Texts;
 use crate::workers::Workers;
 use crate::{Error, Result};
 
-/// Pictures that a thread takes through the backbone at once.
+/// Examples that a thread takes through the backbone at once.
 const BATCH: usize = 8;
 /// Batches between two updates of the manifest.
 const FLUSH: usize = 16;
@@ -52,18 +54,29 @@ pub enum Source<'a> {
         /// How pictures are prepared.
         preprocess: &'a Preprocess,
     },
+    /// A public text encoder: all its hidden states.
+    Texts(&'a TextEncoder),
 }
 
-/// States wanted of which pictures.
+/// What the states are of.
+#[derive(Clone, Copy)]
+pub enum Examples<'a> {
+    /// Pictures, all of which can be read ([`Dataset::verify`]).
+    Pictures(&'a Dataset),
+    /// Texts, as the words of the source's encoder.
+    Texts(&'a Texts),
+}
+
+/// States wanted of which examples.
 #[derive(Clone, Copy)]
 pub struct Request<'a> {
     /// Folder of all caches; this one is a folder within it.
     pub dir: &'a Path,
     /// What computes the states.
     pub source: Source<'a>,
-    /// The pictures, all of which can be read ([`Dataset::verify`]).
-    pub dataset: &'a Dataset,
-    /// Views of each picture; 1: only as in testing.
+    /// Of what.
+    pub examples: Examples<'a>,
+    /// Views of each picture; 1: only as in testing, the one view of a text.
     pub views: usize,
     /// How the other views are drawn.
     pub augment: Augment,
@@ -76,11 +89,11 @@ pub struct Request<'a> {
 /// How far a computation is.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Progress {
-    /// Pictures done, each view counted, those of earlier runs included.
+    /// Examples done, each view counted, those of earlier runs included.
     pub done: usize,
     /// Of so many.
     pub total: usize,
-    /// Pictures a second in this run.
+    /// Examples a second in this run.
     pub per_second: f64,
 }
 
@@ -98,11 +111,12 @@ pub struct States {
     views: usize,
     labels: Vec<u32>,
     classes: Vec<String>,
+    layers: Option<usize>,
     shapes: Shapes,
     digest: String,
 }
 
-/// What a file has of a picture.
+/// What a file has of an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Item {
     state: State,
@@ -166,60 +180,160 @@ impl Shapes {
     }
 }
 
-impl Source<'_> {
-    fn vit(&self) -> &VitConfig {
+impl<'a> Source<'a> {
+    /// The vision backbone, if it is one.
+    pub fn backbone(self) -> Option<&'a Backbone> {
         match self {
-            Source::Backbone(b) => &b.config,
-            Source::Pixels { vit, .. } => vit,
+            Source::Backbone(backbone) => Some(backbone),
+            Source::Pixels { .. } | Source::Texts(_) => None,
         }
     }
 
-    fn preparation(&self) -> (&Preprocess, Fit) {
+    /// Number of the backbone's blocks; None without one.
+    pub fn layers(self) -> Option<usize> {
         match self {
-            Source::Backbone(b) => (&b.preprocess, b.fit),
-            Source::Pixels { preprocess, .. } => (preprocess, preprocess.fit()),
+            Source::Backbone(b) => Some(b.config.num_hidden_layers),
+            Source::Texts(encoder) => Some(encoder.layers()),
+            Source::Pixels { .. } => None,
         }
     }
 
-    fn shapes(&self) -> Shapes {
-        let vit = self.vit();
+    /// Width of a hidden state.
+    pub fn width(self) -> usize {
+        match self {
+            Source::Backbone(b) => b.config.hidden_size,
+            Source::Texts(encoder) => encoder.width(),
+            Source::Pixels { vit, .. } => vit.hidden_size,
+        }
+    }
+
+    /// Rows of a hidden state; 0 without a backbone.
+    pub fn tokens(self) -> usize {
+        match self {
+            Source::Backbone(b) => b.tokens(),
+            Source::Texts(encoder) => encoder.rows(),
+            Source::Pixels { .. } => 0,
+        }
+    }
+
+    /// Tells one backbone from another; None without one.
+    pub fn fingerprint(self) -> Result<Option<[u8; 32]>> {
+        Ok(match self {
+            Source::Backbone(b) => Some(b.fingerprint()?),
+            Source::Texts(encoder) => Some(encoder.fingerprint()?),
+            Source::Pixels { .. } => None,
+        })
+    }
+
+    fn shapes(self) -> Shapes {
+        let (patches, patch) = match self {
+            Source::Backbone(Backbone { config: vit, .. }) | Source::Pixels { vit, .. } => {
+                (vit.tokens() - 1, vit.patch_len())
+            }
+            Source::Texts(_) => (0, 0),
+        };
         Shapes {
-            tokens: match self {
-                Source::Backbone(b) => b.tokens(),
-                Source::Pixels { .. } => 0,
-            },
-            width: vit.hidden_size,
-            patches: vit.tokens() - 1,
-            patch: vit.patch_len(),
+            tokens: self.tokens(),
+            width: self.width(),
+            patches,
+            patch,
         }
     }
 
     /// Distinguishes sources by all that their states depend on.
-    fn digest(&self, digest: &mut Sha256) -> Result<()> {
-        let (preprocess, fit) = self.preparation();
-        digest.update(format!("{preprocess:?} {fit:?}"));
+    fn digest(self, digest: &mut Sha256) -> Result<()> {
         match self {
             Source::Backbone(b) => {
+                digest.update(format!("{:?} {:?}", b.preprocess, b.fit));
                 digest.update(format!("{:?} {:?}", b.config, b.variant));
-                digest.update(b.fingerprint()?);
             }
-            Source::Pixels { vit, .. } => digest.update(format!("pixels {}", vit.patch_size)),
+            Source::Pixels { vit, preprocess } => {
+                digest.update(format!("{preprocess:?} {:?}", preprocess.fit()));
+                digest.update(format!("pixels {}", vit.patch_size));
+            }
+            Source::Texts(encoder) => digest.update(format!("texts {:?}", encoder.form())),
         }
+        digest.update(self.fingerprint()?.as_ref().map_or(&[][..], |f| &f[..]));
         Ok(())
+    }
+
+    fn load(self) -> Result<Loaded<'a>> {
+        let b = Plain::new();
+        Ok(match self {
+            Source::Backbone(backbone) => Loaded::Pictures {
+                vit: Some(Box::new(backbone.load(&b)?)),
+                config: &backbone.config,
+                preprocess: &backbone.preprocess,
+                fit: backbone.fit,
+            },
+            Source::Pixels { vit, preprocess } => Loaded::Pictures {
+                vit: None,
+                config: vit,
+                preprocess,
+                fit: preprocess.fit(),
+            },
+            Source::Texts(encoder) => Loaded::Texts(Box::new(encoder.load(&b)?)),
+        })
+    }
+}
+
+impl Examples<'_> {
+    /// Number of examples.
+    pub fn len(&self) -> usize {
+        match self {
+            Examples::Pictures(pictures) => pictures.len(),
+            Examples::Texts(texts) => texts.len(),
+        }
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The label of each.
+    pub fn labels(&self) -> Vec<u32> {
+        match self {
+            Examples::Pictures(pictures) => (0..pictures.len()).map(|i| pictures.label(i) as u32).collect(),
+            Examples::Texts(texts) => texts.labels().to_vec(),
+        }
+    }
+
+    /// Names of the classes.
+    pub fn classes(&self) -> &[String] {
+        match self {
+            Examples::Pictures(pictures) => pictures.classes(),
+            Examples::Texts(texts) => texts.classes(),
+        }
+    }
+
+    /// Distinguishes these examples from others.
+    pub fn fingerprint(&self) -> [u8; 32] {
+        match self {
+            Examples::Pictures(pictures) => pictures.fingerprint(),
+            Examples::Texts(texts) => texts.fingerprint(),
+        }
+    }
+
+    fn name(&self, i: usize) -> String {
+        match self {
+            Examples::Pictures(pictures) => pictures.name(i),
+            Examples::Texts(_) => format!("text {}", i + 1),
+        }
     }
 }
 
 /// Which records are whole.
 #[derive(Debug, Default, PartialEq, Serialize, Deserialize)]
 struct Manifest {
-    /// Of the data set.
+    /// Of the data set, texts too.
     pictures: usize,
     /// Whole records of each file, from its start.
     whole: BTreeMap<String, usize>,
 }
 
 impl States {
-    /// Opens the states that `reads` need, computing what is not yet there, picture by picture.
+    /// Opens the states that `reads` need, computing what is not yet there, example by example.
     ///
     /// # Errors
     /// [`Error::Interrupted`] soon after `interrupted` is set; [`Error::NoSpace`] before anything is computed if it would not fit,
@@ -230,28 +344,36 @@ impl States {
         progress: &mut dyn FnMut(Progress),
         interrupted: &AtomicBool,
     ) -> Result<States> {
-        let layers = match request.source {
-            Source::Backbone(b) => Some(b.config.num_hidden_layers),
-            Source::Pixels { .. } => None,
-        };
+        let texts = matches!(request.source, Source::Texts(_));
+        if texts != matches!(request.examples, Examples::Texts(_)) {
+            return Err(Error::Settings(
+                "pictures for an encoder of texts, or texts for one of pictures".into(),
+            ));
+        }
         for read in reads {
-            match (read.state, layers) {
+            match (read.state, request.source.layers()) {
                 (State::Hidden(i), Some(layers)) if i > layers => {
                     return Err(Error::Settings(format!("hidden state {i} of {layers} blocks")));
                 }
                 (State::Hidden(i), None) => {
                     return Err(Error::Settings(format!("hidden state {i} without a backbone")));
                 }
+                (State::Patches, _) if texts => {
+                    return Err(Error::Settings("patches of a text".into()));
+                }
                 _ => {}
             }
         }
-        if request.views == 0 || request.dataset.is_empty() {
-            return Err(Error::Settings("no view of any picture".into()));
+        if request.views == 0 || request.examples.is_empty() {
+            return Err(Error::Settings("no view of any example".into()));
+        }
+        if texts && request.views > 1 {
+            return Err(Error::Settings("a text has one view".into()));
         }
         let items: BTreeSet<Item> = reads.iter().map(Item::of).collect();
         let mut digest = Sha256::new_with_prefix("veiltune states 1");
         request.source.digest(&mut digest)?;
-        digest.update(request.dataset.fingerprint());
+        digest.update(request.examples.fingerprint());
         let digest = hex(&digest.finalize()[..16]);
         let dir = request.dir.join(&digest);
         fs::create_dir_all(&dir).map_err(Error::io(&dir))?;
@@ -283,19 +405,19 @@ impl States {
                 opened.insert((view, item), File::open(&path).map_err(Error::io(&path))?);
             }
         }
-        let dataset = request.dataset;
         Ok(States {
             dir,
             files: opened,
             views: request.views,
-            labels: (0..dataset.len()).map(|i| dataset.label(i) as u32).collect(),
-            classes: dataset.classes().to_vec(),
+            labels: request.examples.labels(),
+            classes: request.examples.classes().to_vec(),
+            layers: request.source.layers(),
             shapes: request.source.shapes(),
             digest: format!("{digest} {}", drawn(request)),
         })
     }
 
-    /// Number of pictures.
+    /// Number of examples.
     pub fn len(&self) -> usize {
         self.labels.len()
     }
@@ -305,7 +427,12 @@ impl States {
         self.labels.is_empty()
     }
 
-    /// Views of each picture.
+    /// Blocks of the backbone that the states are of; None: it has none.
+    pub fn layers(&self) -> Option<usize> {
+        self.layers
+    }
+
+    /// Views of each example.
     pub fn views(&self) -> usize {
         self.views
     }
@@ -329,28 +456,28 @@ impl States {
         Ok(States { classes, ..self })
     }
 
-    /// The label of each picture.
+    /// The label of each example.
     pub fn labels(&self) -> &[u32] {
         &self.labels
     }
 
-    /// Two parts of the pictures, by number, for training and for validation: as [`split`].
+    /// Two parts of the examples, by number, for training and for validation: as [`split`].
     pub fn split_validation(&self, share: f64, seed: u64) -> (Vec<usize>, Vec<usize>) {
         split(&self.labels, share, seed)
     }
 
-    /// Names the backbone, the pictures and their views.
+    /// Names the backbone, the examples and their views.
     pub fn digest(&self) -> &str {
         &self.digest
     }
 
-    /// The labels of these pictures, `[pictures]`.
+    /// The labels of these examples, `[examples]`.
     pub fn labels_of(&self, which: &[usize]) -> Result<Tensor> {
         let labels = which.iter().map(|&i| self.labels[i]).collect();
         Ok(Tensor::from_vec(labels, which.len(), &Device::Cpu)?)
     }
 
-    /// What `reads` say of one view of these pictures, each `[pictures, tokens, d]`, prepared.
+    /// What `reads` say of one view of these examples, each `[examples, tokens, d]`, prepared.
     pub fn batch(&self, view: usize, which: &[usize], reads: &[Read]) -> Result<Vec<Tensor>> {
         let b = Plain::new();
         let mut raw: BTreeMap<Item, Tensor> = BTreeMap::new();
@@ -395,7 +522,7 @@ impl States {
     }
 }
 
-/// Two parts of the pictures with these labels, by number, in order. Of every class `share` (0 to 1; NaN is 0) of the pictures,
+/// Two parts of the examples with these labels, by number, in order. Of every class `share` (0 to 1; NaN is 0) of the examples,
 /// drawn by `seed`, are in the second, rounded; where a class has two, at least one is in each part unless `share` is 0.
 pub fn split(labels: &[u32], share: f64, seed: u64) -> (Vec<usize>, Vec<usize>) {
     let share = if share > 0.0 { share.min(1.0) } else { 0.0 };
@@ -443,7 +570,7 @@ struct Filling<'a> {
     manifest: Manifest,
 }
 
-/// A batch of one view: its first picture, and a record file's content for each missing item.
+/// A batch of one view: its first example, and a record file's content for each missing item.
 type Computed = (usize, Result<Vec<Vec<u8>>>);
 
 impl<'a> Filling<'a> {
@@ -453,7 +580,7 @@ impl<'a> Filling<'a> {
             true => files::read_json(&path)?,
             false => Manifest::default(),
         };
-        manifest.pictures = request.dataset.len();
+        manifest.pictures = request.examples.len();
         Ok(Filling {
             request,
             dir,
@@ -470,11 +597,11 @@ impl<'a> Filling<'a> {
         let counted = self.manifest.whole.get(&name).copied().unwrap_or(0);
         counted
             .min(stored as usize / self.shapes.bytes(item))
-            .min(self.request.dataset.len())
+            .min(self.request.examples.len())
     }
 
     fn is_whole(&self, view: usize, item: Item) -> bool {
-        self.whole(view, item) == self.request.dataset.len()
+        self.whole(view, item) == self.request.examples.len()
     }
 
     /// The items of a view that have to be computed: a class token is also in the whole state.
@@ -500,14 +627,14 @@ impl<'a> Filling<'a> {
     /// always computed together and rounding never depends on interruptions.
     fn start(&self, view: usize, missing: &[Item]) -> usize {
         let whole = missing.iter().map(|item| self.whole(view, *item)).min();
-        whole.map_or(self.request.dataset.len(), |n| n / BATCH * BATCH)
+        whole.map_or(self.request.examples.len(), |n| n / BATCH * BATCH)
     }
 
     fn check_space(&self) -> Result<()> {
         let mut needed = 0;
         for view in 0..self.request.views {
             for item in self.missing(view) {
-                let pictures = self.request.dataset.len() - self.whole(view, item);
+                let pictures = self.request.examples.len() - self.whole(view, item);
                 needed += pictures as u64 * self.shapes.bytes(item) as u64;
             }
         }
@@ -517,20 +644,17 @@ impl<'a> Filling<'a> {
 
     fn fill(&mut self, progress: &mut dyn FnMut(Progress), interrupted: &AtomicBool) -> Result<()> {
         let views = self.request.views;
-        let count = self.request.dataset.len();
+        let count = self.request.examples.len();
         let starts: Vec<usize> = (0..views).map(|v| self.start(v, &self.missing(v))).collect();
         if starts.iter().all(|&s| s == count) {
             return Ok(());
         }
         let workers = Workers::new(self.request.threads)?;
-        let vit = match self.request.source {
-            Source::Backbone(b) => Some(b.load(&Plain::new())?),
-            Source::Pixels { .. } => None,
-        };
+        let source = self.request.source.load()?;
         let (total, mut done) = (views * count, starts.iter().sum::<usize>());
         let (began, before) = (Instant::now(), done);
-        let mut step = |pictures: usize| {
-            done += pictures;
+        let mut step = |examples: usize| {
+            done += examples;
             progress(Progress {
                 done,
                 total,
@@ -539,7 +663,7 @@ impl<'a> Filling<'a> {
         };
         for (view, start) in starts.into_iter().enumerate() {
             if start < count {
-                self.fill_view(view, start, vit.as_ref(), &workers, &mut step, interrupted)?;
+                self.fill_view(view, start, &source, &workers, &mut step, interrupted)?;
             }
         }
         Ok(())
@@ -549,12 +673,12 @@ impl<'a> Filling<'a> {
         &mut self,
         view: usize,
         start: usize,
-        vit: Option<&Vit<Plain>>,
+        source: &Loaded,
         workers: &Workers,
         step: &mut dyn FnMut(usize),
         interrupted: &AtomicBool,
     ) -> Result<()> {
-        let (request, count) = (self.request, self.request.dataset.len());
+        let (request, count) = (self.request, self.request.examples.len());
         let missing = self.missing(view);
         let mut records = Vec::new();
         for &item in &missing {
@@ -576,7 +700,7 @@ impl<'a> Filling<'a> {
                         break;
                     }
                     let batch: Vec<usize> = (first..count.min(first + BATCH)).collect();
-                    let computed = compute(request, vit, view, &batch, items);
+                    let computed = compute(request, source, view, &batch, items);
                     if send.send((first, computed)).is_err() {
                         break;
                     }
@@ -605,7 +729,7 @@ impl<'a> Filling<'a> {
         receive: &mpsc::Receiver<Computed>,
         step: &mut dyn FnMut(usize),
     ) -> Result<()> {
-        let count = self.request.dataset.len();
+        let count = self.request.examples.len();
         let (mut whole, mut ahead, mut unflushed) = (start, BTreeSet::new(), 0);
         let mut result = Ok(());
         for (first, computed) in receive {
@@ -670,33 +794,82 @@ impl Records {
     }
 }
 
-/// The records of some pictures, for each item.
+/// A source with its weights in memory.
+enum Loaded<'a> {
+    /// Of pictures; without an encoder if nothing but their pixels is read.
+    Pictures {
+        vit: Option<Box<Vit<Plain>>>,
+        config: &'a VitConfig,
+        preprocess: &'a Preprocess,
+        fit: Fit,
+    },
+    /// Of texts.
+    Texts(Box<TextModel<'a, Plain>>),
+}
+
+impl Loaded<'_> {
+    /// Patches, and hidden states 0 to `last`, of a view of some examples; patches of texts and states without an encoder are not
+    /// there.
+    fn states(
+        &self,
+        request: &Request,
+        view: usize,
+        batch: &[usize],
+        last: usize,
+    ) -> Result<(Option<Tensor>, Vec<Tensor>)> {
+        let b = Plain::new();
+        match (self, request.examples) {
+            (
+                Loaded::Pictures {
+                    vit,
+                    config,
+                    preprocess,
+                    fit,
+                },
+                Examples::Pictures(dataset),
+            ) => {
+                let mut pixels = Vec::new();
+                for &i in batch {
+                    let how = request.augment.view(request.seed, view as u64, i as u64);
+                    pixels.extend(augment::view(preprocess, *fit, &dataset.picture(i)?, how)?);
+                }
+                let side = config.image_size;
+                let dims = [batch.len(), config.num_channels, side, side];
+                let images = b.input(Owner::Public, &dims, Some(&pixels))?;
+                let hidden = match vit {
+                    Some(vit) => vit.forward_to(&b, &images, last)?,
+                    None => Vec::new(),
+                };
+                Ok((Some(unfold(&images, config.patch_size)?), hidden))
+            }
+            (Loaded::Texts(model), Examples::Texts(texts)) => {
+                // Each alone: a row is what it would be at a client with this one text.
+                let each = batch.iter().map(|&i| model.states(&b, texts.words(i), last));
+                let each = each.collect::<veiltune_nn::Result<Vec<_>>>()?;
+                let together = |state| Tensor::cat(&each.iter().map(|e| &e[state]).collect::<Vec<_>>(), 0);
+                let hidden = (0..=last).map(together).collect::<candle_core::Result<_>>()?;
+                Ok((None, hidden))
+            }
+            _ => Err(Error::Settings("examples of another kind".into())),
+        }
+    }
+}
+
+/// The records of some examples, for each item.
 fn compute(
     request: &Request,
-    vit: Option<&Vit<Plain>>,
+    source: &Loaded,
     view: usize,
     batch: &[usize],
     items: &[Item],
 ) -> Result<Vec<Vec<u8>>> {
-    let (b, config) = (Plain::new(), request.source.vit());
-    let (preprocess, fit) = request.source.preparation();
-    let mut pixels = Vec::new();
-    for &i in batch {
-        let how = request.augment.view(request.seed, view as u64, i as u64);
-        pixels.extend(augment::view(preprocess, fit, &request.dataset.picture(i)?, how)?);
-    }
-    let side = config.image_size;
-    let dims = [batch.len(), config.num_channels, side, side];
-    let images = b.input(Owner::Public, &dims, Some(&pixels))?;
-    let hidden = match vit {
-        Some(vit) => vit.forward_to(&b, &images, last(items))?,
-        None => Vec::new(),
-    };
+    let (patches, hidden) = source.states(request, view, batch, last(items))?;
     let record = |item: &Item| {
         let state = match item.state {
-            State::Patches => &unfold(&images, config.patch_size)?,
-            State::Hidden(i) => &hidden[i],
+            State::Patches => patches.as_ref(),
+            State::Hidden(i) => hidden.get(i),
         };
+        let state = state.ok_or_else(|| Error::Settings(format!("there is no {}", item.name())))?;
         let state = match item.tokens {
             Tokens::All => state.clone(),
             Tokens::Class => state.narrow(1, 0, 1)?,
@@ -707,7 +880,7 @@ fn compute(
             false => Err(Error::Settings(format!(
                 "{} of {} is beyond half precision; this backbone's states cannot be kept",
                 item.name(),
-                request.dataset.name(batch[0])
+                request.examples.name(batch[0])
             ))),
         }
     };
@@ -784,6 +957,8 @@ fn write_at(file: &File, mut bytes: &[u8], mut offset: u64) -> io::Result<()> {
 mod tests {
     use super::*;
     use crate::testing;
+    use veiltune_hub::{Pooling, TextForm};
+    use veiltune_tune::Example;
 
     struct World {
         dir: tempfile::TempDir,
@@ -805,7 +980,7 @@ mod tests {
             Request {
                 dir: cache,
                 source: Source::Backbone(&self.backbone),
-                dataset: &self.dataset,
+                examples: Examples::Pictures(&self.dataset),
                 views: 2,
                 augment: Augment::default(),
                 seed: 7,
@@ -844,12 +1019,11 @@ mod tests {
         let request = world.request(&cache);
         let states = open(&request, &reads()).unwrap();
         assert_eq!((states.len(), states.views()), (21, 2));
-        let (b, which) = (Plain::new(), [20, 3, 3]);
-        let vit = world.backbone.load(&b).unwrap();
+        let (source, which) = (request.source.load().unwrap(), [20, 3, 3]);
         for view in 0..2 {
             let got = states.batch(view, &which, &reads()).unwrap();
             assert_eq!((got[0].dims(), got[1].dims()), (&[3, 5, 16][..], &[3, 1, 16][..]));
-            let own = compute(&request, Some(&vit), view, &which, &[Item::of(&reads()[0])]).unwrap();
+            let own = compute(&request, &source, view, &which, &[Item::of(&reads()[0])]).unwrap();
             let own = own[0]
                 .as_chunks()
                 .0
@@ -921,7 +1095,7 @@ mod tests {
         let own = open(&request, &reads()).unwrap();
         let elsewhere = open(
             &Request {
-                dataset: &other.dataset,
+                examples: Examples::Pictures(&other.dataset),
                 ..request
             },
             &reads(),
@@ -969,6 +1143,82 @@ mod tests {
         let apart = (patches - own).unwrap().abs().unwrap().max_all().unwrap();
         assert!(apart.to_scalar::<f32>().unwrap() < 1e-3);
         assert!(open(&request, &[Read::hidden(0, Tokens::All)]).is_err());
+    }
+
+    #[test]
+    fn texts_have_the_states_that_their_encoder_gives_each_alone() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../nn/tests/vectors/language/minilm");
+        let encoder = |tokens| {
+            let form = TextForm {
+                tokens,
+                pooling: Pooling::Mean,
+                pairs: false,
+            };
+            TextEncoder::open(&folder, form).unwrap()
+        };
+        let example = |i: usize| Example {
+            text_a: ["ba", "de", "fi", "no"][..1 + i % 4].join(" "),
+            text_b: None,
+            label: i % 2,
+        };
+        let examples: Vec<Example> = (0..19).map(example).collect();
+        let of = |encoder: &TextEncoder| {
+            Texts::new(encoder, &examples, vec!["even".into(), "odd".into()]).unwrap()
+        };
+        let (own, short) = (encoder(8), encoder(4));
+        let (texts, cut) = (of(&own), of(&short));
+        assert_eq!((texts.cut(), cut.cut()), (0, 9));
+        let dir = tempfile::tempdir().unwrap();
+        let (cache, world) = (dir.path().join("cache"), World::new(2));
+        let request = Request {
+            source: Source::Texts(&own),
+            examples: Examples::Texts(&texts),
+            views: 1,
+            ..world.request(&cache)
+        };
+        let states = open(&request, &reads()).unwrap();
+        assert_eq!((states.layers(), states.classes().len()), (Some(2), 2));
+        let model = own.load(&Plain::new()).unwrap();
+        let which = [18, 3];
+        let got = states.batch(0, &which, &reads()).unwrap();
+        for (row, i) in which.into_iter().enumerate() {
+            let alone = model.states(&Plain::new(), texts.words(i), 2).unwrap();
+            let whole = values(
+                &alone[1]
+                    .to_dtype(DType::F16)
+                    .unwrap()
+                    .to_dtype(DType::F32)
+                    .unwrap(),
+            );
+            assert_eq!(values(&got[0].narrow(0, row, 1).unwrap()), whole);
+            let apart = (got[1].narrow(0, row, 1).unwrap() - alone[2].narrow(1, 0, 1).unwrap()).unwrap();
+            assert!(values(&apart).iter().all(|v| v.abs() < 5e-3));
+        }
+        // Read in another form, they are others.
+        let elsewhere = Request {
+            source: Source::Texts(&short),
+            examples: Examples::Texts(&cut),
+            ..request
+        };
+        assert_ne!(open(&elsewhere, &reads()).unwrap().dir(), states.dir());
+        let patches = Read {
+            state: State::Patches,
+            ..Read::hidden(0, Tokens::All)
+        };
+        assert!(open(&request, &[patches]).is_err());
+        for bad in [
+            Request { views: 2, ..request },
+            Request {
+                source: Source::Backbone(&world.backbone),
+                ..request
+            },
+            Request {
+                examples: Examples::Pictures(&world.dataset),
+                ..request
+            },
+        ] {
+            assert!(open(&bad, &reads()).is_err());
+        }
     }
 
     #[test]

@@ -24,7 +24,7 @@ pub struct Model<'a> {
     pub method: &'a Method,
     /// Its private parameters as they were trained.
     pub tensors: &'a Tensors,
-    /// The backbone; None for a method that reads pixels.
+    /// The backbone; None for a method that runs none of it itself.
     pub backbone: Option<&'a Backbone>,
 }
 
@@ -68,7 +68,7 @@ pub fn evaluate(
     interrupted: &AtomicBool,
 ) -> Result<Evaluation> {
     let workers = Workers::new(threads)?;
-    let layers = model.backbone.map_or(0, |b| b.config.num_hidden_layers);
+    let layers = pictures.states.layers().unwrap_or(0);
     if arithmetic == Arithmetic::Float {
         let b = Plain::new();
         let private = train::fixed(&b, model.method, model.tensors, model.backbone)?;

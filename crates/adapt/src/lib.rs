@@ -15,6 +15,7 @@ pub mod pretrain;
 pub mod search;
 #[cfg(test)]
 mod testing;
+pub mod texts;
 pub mod train;
 pub mod variables;
 mod warm;

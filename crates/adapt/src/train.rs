@@ -135,7 +135,7 @@ pub struct Pictures<'a> {
 pub struct Task<'a> {
     /// The method, not yet calibrated.
     pub method: &'a Method,
-    /// The backbone that the states are of; None for a method that reads pixels.
+    /// The backbone that the states are of; None for a method that runs none of it itself, as with texts.
     pub backbone: Option<&'a Backbone>,
     /// Pictures to train on; ranges are calibrated on them too.
     pub train: Pictures<'a>,
@@ -494,7 +494,7 @@ impl<'a> Run<'a> {
                 classes.len()
             )));
         }
-        let layers = task.backbone.map_or(0, |b| b.config.num_hidden_layers);
+        let layers = task.train.states.layers().unwrap_or(0);
         let (reads, seed) = (task.method.reads(layers)?, task.settings.seed);
         let model = Model::new(task.method, task.backbone, seed)?;
         let optimizer = Optimizer::new(
@@ -529,7 +529,7 @@ impl<'a> Run<'a> {
     /// Fits the head to what the rest of the untrained model gives it.
     fn warm_up(&mut self) -> Result<()> {
         let (task, settings) = (self.task, self.task.settings);
-        let from_pixels = task.backbone.is_none();
+        let from_pixels = task.train.states.layers().is_none();
         if settings.warm == 0 || from_pixels {
             return Ok(());
         }
@@ -753,7 +753,7 @@ pub(crate) fn fixed<'a>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cache::{Request, Source};
+    use crate::cache::{Examples, Request, Source};
     use crate::evaluate::{Arithmetic, Model as Trainee, evaluate};
     use crate::testing;
     use veiltune_hub::{Augment, Dataset};
@@ -810,7 +810,7 @@ mod tests {
             let request = Request {
                 dir: &self.dir.path().join("cache"),
                 source: Source::Backbone(&self.backbone),
-                dataset: &self.dataset,
+                examples: Examples::Pictures(&self.dataset),
                 views: 2,
                 // Stripes keep their direction in a mirror.
                 augment: Augment {
@@ -1205,10 +1205,16 @@ mod tests {
             })
             .contains("diverged")
         );
+        let lora = Tuning::Lora {
+            r: 2,
+            lora_alpha: 2.0,
+            target_modules: vec!["query".into()],
+        };
         let without = Task {
+            method: &world.encoder(lora, 2),
             backbone: None,
             ..task
         };
-        assert!(!refused(&without).is_empty());
+        assert!(refused(&without).contains("needs its backbone"));
     }
 }

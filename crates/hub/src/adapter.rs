@@ -21,9 +21,34 @@ pub struct AdapterConfig<C> {
     /// Hash of that backbone's parameters, in hexadecimal.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base_model_sha256: Option<String>,
+    /// How texts reach the backbone; None: it sees pictures.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub text: Option<TextForm>,
     /// The method's own configuration.
     #[serde(flatten)]
     pub method: C,
+}
+
+/// How an encoder reads texts: what an adapter for texts is trained for besides its backbone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TextForm {
+    /// Most tokens of a text, special ones included; longer texts are cut.
+    pub tokens: usize,
+    /// What stands for the whole text.
+    pub pooling: Pooling,
+    /// Whether examples are pairs of texts.
+    #[serde(default)]
+    pub pairs: bool,
+}
+
+/// What stands for a whole text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Pooling {
+    /// The mean of its tokens' states, as in sentence encoders.
+    Mean,
+    /// The state of the token that begins it.
+    Class,
 }
 
 impl<C: DeserializeOwned> AdapterConfig<C> {
@@ -71,6 +96,11 @@ mod tests {
         let config = AdapterConfig {
             base_model_name_or_path: "tiny".into(),
             base_model_sha256: Some("00ff".into()),
+            text: Some(TextForm {
+                tokens: 16,
+                pooling: Pooling::Mean,
+                pairs: false,
+            }),
             method: std::collections::BTreeMap::from([("rank".to_owned(), 4)]),
         };
         let tensors = Tensors::from([(

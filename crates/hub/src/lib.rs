@@ -19,7 +19,7 @@ mod random;
 pub mod safetensors;
 pub mod tokenizer;
 
-pub use adapter::AdapterConfig;
+pub use adapter::{AdapterConfig, Pooling, TextForm};
 pub use augment::{Augment, View};
 pub use cache::fetch;
 pub use dataset::Dataset;

@@ -4,6 +4,7 @@ use std::fmt;
 use std::path::Path;
 
 use serde::Deserialize;
+use sha2::{Digest, Sha256};
 use tokenizers::models::bpe::BPE;
 use tokenizers::models::wordpiece::WordPiece;
 use tokenizers::normalizers::{BertNormalizer, unicode::NFC};
@@ -313,7 +314,21 @@ impl Tokenizer {
     pub fn special(&self) -> Special {
         self.special
     }
+
+    /// A hash that tells one tokenizer from another, whatever file it came from: of its words, and of how it splits a sample.
+    pub fn fingerprint(&self) -> Result<[u8; 32]> {
+        let mut hash = Sha256::new();
+        for id in 0..self.len() as u32 {
+            hash.update(format!("{id} {}\n", self.word(id).unwrap_or_default()));
+        }
+        hash.update(format!("{:?} {:?}", self.special, self.encode(SAMPLE)?));
+        Ok(hash.finalize().into())
+    }
 }
+
+/// Letters, accents, cases, marks, numbers and scripts that tokenizers treat differently.
+const SAMPLE: &str =
+    "The FILM wasn't bad: it's 1,234.5 % Übung, naïve café!? 한국어 漢字 Привет  e-mail_a@b.c \t#x";
 
 /// Where Llama 3 splits a text: contractions, words, up to three digits, marks, line ends, spaces.
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -357,11 +372,20 @@ mod tests {
             (Some(7), Some("was"), 12)
         );
 
+        assert_eq!(
+            tokenizer.fingerprint().unwrap(),
+            Tokenizer::from_json("t", &serde_json::to_vec(&tokenizer.to_json().unwrap()).unwrap())
+                .unwrap()
+                .fingerprint()
+                .unwrap()
+        );
+
         let settings = r#"{"do_lower_case": false, "mask_token": {"content": "."}}"#;
         let dir = folder(&[("vocab.txt", WORDS), ("tokenizer_config.json", settings)]);
         let cased = Tokenizer::open(dir.path()).unwrap();
         assert_eq!(cased.encode("Été").unwrap(), [10]);
         assert_eq!(cased.special().mask, Some(9));
+        assert_ne!(cased.fingerprint().unwrap(), tokenizer.fingerprint().unwrap());
     }
 
     #[test]

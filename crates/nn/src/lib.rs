@@ -18,6 +18,7 @@ pub mod owc;
 pub mod peft;
 #[cfg(test)]
 mod testing;
+pub mod text;
 pub mod vit;
 
 pub use backbone::Backbone;
@@ -29,4 +30,5 @@ pub use layout::{Layout, Variant};
 pub use load::Classifier;
 pub use method::{Method, Private, Read};
 pub use owc::{Owc, OwcConfig};
+pub use text::TextEncoder;
 pub use vit::{Vit, VitConfig};

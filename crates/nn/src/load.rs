@@ -99,6 +99,7 @@ impl Classifier {
         let config = AdapterConfig {
             base_model_name_or_path: self.config.base_model_name_or_path.clone(),
             base_model_sha256: self.config.base_model_sha256.clone(),
+            text: self.config.text,
             method,
         };
         Ok(adapter::write(
@@ -208,6 +209,7 @@ mod tests {
             config: AdapterConfig {
                 base_model_name_or_path: "t".into(),
                 base_model_sha256: None,
+                text: None,
                 method: Method::Owc(owc),
             },
             weights: adapter.clone(),

@@ -203,6 +203,7 @@ pub fn import(dir: &Path, backbone: &Backbone, labels: Option<Vec<String>>) -> R
         config: AdapterConfig {
             base_model_name_or_path: foreign.base_model_name_or_path.unwrap_or_default(),
             base_model_sha256: Some(fingerprint.iter().map(|b| format!("{b:02x}")).collect()),
+            text: None,
             method: Method::Encoder(config),
         },
         weights,

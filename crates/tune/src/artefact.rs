@@ -102,6 +102,7 @@ impl Artefact {
         let config = AdapterConfig {
             base_model_name_or_path: self.base_model.clone(),
             base_model_sha256: self.base_model_sha256.clone(),
+            text: None,
             method: Method {
                 peft_type: PEFT_TYPE.into(),
                 // PEFT has no name for masked language modelling.

@@ -19,7 +19,7 @@ use veiltune_wire::{Error as WireError, Identity, Network};
 
 use crate::deal::{self, Manifest, private_directory};
 use crate::events::{Classified, Event, Measured};
-use crate::inputs::{self, Pictures};
+use crate::inputs::{self, Items};
 use crate::prepare::Preparation;
 use crate::program::{Batches, CLIENT, Compare};
 use crate::progress::Progress;
@@ -156,14 +156,18 @@ pub struct ServeArgs {
 #[derive(Args, Debug)]
 pub struct ClassifyArgs {
     /// PNG or JPEG files, or directories of them
-    #[arg(required_unless_present = "text", value_name = "IMAGE")]
+    #[arg(
+        required_unless_present = "text",
+        conflicts_with = "text",
+        value_name = "IMAGE"
+    )]
     images: Vec<PathBuf>,
     #[command(flatten)]
     text: TextArgs,
     #[command(flatten)]
     machine: Machine,
     /// Address of `veiltune serve`, HOST:PORT
-    #[arg(long, value_name = "ADDR", required_unless_present = "text")]
+    #[arg(long, value_name = "ADDR", required_unless_present = "prompt")]
     provider: Option<String>,
     #[command(flatten)]
     from: From,
@@ -183,9 +187,10 @@ pub struct ClassifyArgs {
     )]
     comparison: Compare,
     /// Leave out images that cannot be read, and say how many, instead of ending
-    #[arg(long)]
+    #[arg(long, conflicts_with = "text")]
     skip_unreadable: bool,
-    /// The public backbone: a folder with config.json and model.safetensors, or a model of the hub [default: the embedded one]
+    /// The public backbone: a folder with config.json and model.safetensors, or a model of the hub [default: the embedded one, which
+    /// sees pictures]
     #[arg(long, value_name = "DIR|MODEL")]
     backbone: Option<String>,
     /// The adapter's public adapter_config.json, or the directory that it is in [default: the embedded one]
@@ -193,9 +198,9 @@ pub struct ClassifyArgs {
     adapter_config: Option<PathBuf>,
     /// Print one JSON object to standard output instead of the table
     ///
-    /// Its members: images, skipped, batch, network, comparison, rounds, online_bytes [client to provider, provider to client],
+    /// Its members: images (or texts), skipped, cut (texts that do not fit), batch, network, comparison, rounds, online_bytes [client to provider, provider to client],
     /// setup_bytes (likewise), dealer_bytes (to the client), seconds {backbone, setup, offline, online}, predicted {rounds,
-    /// online_bytes, setup_bytes, dealer_bytes}, results [{image, label, confidence}, one an image].
+    /// online_bytes, setup_bytes, dealer_bytes}, results [{image (or the text's line), label, confidence}, one an image].
     #[arg(long)]
     json: bool,
 }
@@ -299,19 +304,20 @@ pub fn serve(args: &ServeArgs) -> Result<()> {
 
 /// The client's machine.
 pub fn classify(args: &ClassifyArgs) -> Result<()> {
-    if args.text.text.is_some() {
+    if args.text.prompt.is_some() {
         let Machine { keys, network, wait } = &args.machine;
         return crate::tuning::classify::run(&args.text, keys, *network, *wait, args.json);
     }
     let from = args.from.given()?;
     let progress = Progress::new(args.json);
     let adapter = inputs::adapter_config(args.adapter_config.as_deref())?;
+    let found = Items::find(&args.images, args.text.text.as_deref(), adapter.text)?;
     let preparation = Preparation::new(&adapter, args.backbone.as_deref())?;
-    let found = Pictures::find(&args.images)?;
     let all = found.len();
     let pictures = found.check(&preparation, args.skip_unreadable, |e| {
         progress.log(&format!("skipped: {e}"))
     })?;
+    let cut = pictures.cut(&preparation);
     drop(preparation);
     let skipped = all - pictures.len();
     let images = NonZeroUsize::new(pictures.len())
@@ -339,6 +345,7 @@ pub fn classify(args: &ClassifyArgs) -> Result<()> {
     manifest.map_or(Ok(()), |manifest| manifest.check(&plan))?;
     let own = ClientConfig {
         pictures: pictures.files().map(<[_]>::to_vec),
+        texts: args.text.text.clone(),
         batch,
         comparison: request.comparison,
         backbone: args.backbone.clone(),
@@ -373,13 +380,15 @@ pub fn classify(args: &ClassifyArgs) -> Result<()> {
             .unwrap_or_default()
     };
     let row = |r: &Classified| Row {
-        image: pictures.name(r.index),
+        name: pictures.name(r.index),
         label: label(r.class),
         confidence: r.confidence,
     };
     let answer = Answer {
+        texts: args.text.text.is_some(),
         images: images.get(),
         skipped,
+        cut,
         batch: batch.get(),
         network: config.network,
         comparison: request.comparison,
@@ -395,9 +404,14 @@ pub fn classify(args: &ClassifyArgs) -> Result<()> {
 /// What the client's user gets.
 #[derive(Serialize)]
 struct Answer {
+    /// Whether they are texts.
+    #[serde(skip)]
+    texts: bool,
     images: usize,
     /// Images that could not be read.
     skipped: usize,
+    /// Texts that do not fit.
+    cut: usize,
     batch: usize,
     network: Network,
     comparison: Comparison,
@@ -411,24 +425,32 @@ struct Answer {
 /// One image.
 #[derive(Serialize)]
 struct Row {
-    image: String,
+    #[serde(rename = "image")]
+    name: String,
     label: String,
     confidence: f64,
 }
 
 impl Answer {
     fn table(&self) -> String {
-        let mut rows = vec![["image", "label", "confidence"].map(String::from)];
+        let (one, several) = match self.texts {
+            true => ("text", "texts"),
+            false => ("image", "images"),
+        };
+        let mut rows = vec![[one, "label", "confidence"].map(String::from)];
         rows.extend(self.results.iter().map(|r| {
             [
-                r.image.clone(),
+                r.name.clone(),
                 r.label.clone(),
                 format!("{:.1} %", 100.0 * r.confidence),
             ]
         }));
         let mut text = aligned(&rows, &[2]);
         if self.skipped > 0 {
-            text += &format!("{} images could not be read, and were skipped\n", self.skipped);
+            text += &format!("{} {several} could not be read, and were skipped\n", self.skipped);
+        }
+        if self.cut > 0 {
+            text += &format!("{} texts are longer than the adapter's and were cut\n", self.cut);
         }
         text += &cost_heading(self.images, self.batch, &self.network, self.comparison);
         text += &cost_table(

@@ -18,7 +18,7 @@ use veiltune_wire::{Network, pki::Authority};
 use crate::crew::Crew;
 use crate::deal::{self, Manifest};
 use crate::events::{Classified, Event, Measured, Stage};
-use crate::inputs::{self, Pictures};
+use crate::inputs::{self, Items};
 use crate::prepare::Preparation;
 use crate::program::{Batches, Classification, Compare};
 use crate::progress::Progress;
@@ -38,8 +38,11 @@ pub struct DemoArgs {
     ///
     /// A picture's true label is shown where it is known: from `labels.json` beside it (an object from file name to label), or
     /// from a name like `07_dress.png`.
-    #[arg(long, num_args = 1.., value_name = "DIR|FILE")]
+    #[arg(long, num_args = 1.., value_name = "DIR|FILE", conflicts_with = "text")]
     images: Vec<PathBuf>,
+    /// Texts instead, one a line (pairs with a tab between), for an --adapter and a --backbone that read them
+    #[arg(long, value_name = "FILE", requires_all = ["adapter", "backbone"])]
+    text: Option<PathBuf>,
     /// Network to emulate on every link: none, lan, wan, or RATE_MBIT:DELAY_US
     ///
     /// lan is 1 Gbit/s and 0.5 ms each way, wan 400 Mbit/s and 4 ms each way.
@@ -104,7 +107,7 @@ pub fn run(args: &DemoArgs) -> Result<()> {
 /// What the command works on.
 pub struct Inputs {
     /// The client's.
-    pub pictures: Pictures,
+    pub pictures: Items,
     /// What the run must cost, exactly.
     pub plan: Plan,
     /// How the parties compare numbers.
@@ -123,13 +126,13 @@ pub struct Inputs {
 
 impl Inputs {
     fn open(args: &DemoArgs) -> Result<Inputs> {
-        let pictures = Pictures::find(&args.images)?;
         let backbone = args.backbone.as_deref();
         let classifier = inputs::classifier(args.adapter.as_deref())?;
+        let pictures = Items::find(&args.images, args.text.as_deref(), classifier.config.text)?;
         let preparation = Preparation::new(&classifier.config, backbone)?;
         check_backbone(
             &classifier.config,
-            preparation.backbone(),
+            Some(preparation.source()),
             backbone.unwrap_or("the embedded one"),
         )?;
         let served = classifier
@@ -195,6 +198,7 @@ fn run_privately(args: &DemoArgs, inputs: &Inputs, crew: &mut Crew, progress: &P
     crew.start(Role::Provider, &setup.config(Role::Provider, own)?)?;
     let own = ClientConfig {
         pictures: inputs.pictures.files().map(<[_]>::to_vec),
+        texts: args.text.clone(),
         batch: inputs.batches.batch,
         comparison: inputs.comparison,
         backbone: args.backbone.clone(),

@@ -10,7 +10,7 @@ use veiltune_nn::load::Classifier;
 use veiltune_nn::peft;
 
 use crate::events::Stage;
-use crate::inputs::{self, Pictures};
+use crate::inputs::{self, Items};
 use crate::prepare::{Preparation, Preparer};
 use crate::program::{Batches, Classification};
 use crate::progress::Progress;
@@ -61,7 +61,7 @@ pub fn run(args: &ImportArgs) -> Result<()> {
     let mut classifier =
         peft::import(&args.peft, &inputs::backbone(backbone)?, labels.transpose()?).map_err(of_peft)?;
     let preparation = Preparation::new(&classifier.config, backbone)?;
-    let pictures = Pictures::find(&args.images)?.check(&preparation, false, drop)?;
+    let pictures = Items::find(&args.images, None, None)?.check(&preparation, false, drop)?;
     let sites = ranges(&classifier, &preparation, &pictures)?;
     classifier
         .config
@@ -83,7 +83,7 @@ pub fn run(args: &ImportArgs) -> Result<()> {
 }
 
 /// What all pictures have at each place that has a calibrated range.
-fn ranges(classifier: &Classifier, preparation: &Preparation, pictures: &Pictures) -> Result<Vec<Site>> {
+fn ranges(classifier: &Classifier, preparation: &Preparation, pictures: &Items) -> Result<Vec<Site>> {
     let progress = Progress::new(false);
     let served = classifier.serve(preparation.backbone())?;
     let preparer: Preparer = preparation.load()?;

@@ -1,12 +1,14 @@
-//! What a run works on: pictures, the public backbone, the private adapter. Embedded, or from the user's files.
+//! What a run works on: pictures or texts, the public backbone, the private adapter. Embedded, or from the user's files.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
-use veiltune_hub::{AdapterConfig, adapter, files};
-use veiltune_nn::Method;
+use veiltune_hub::{AdapterConfig, TextForm, adapter, files};
+use veiltune_nn::language::Family;
 use veiltune_nn::load::{Backbone, Classifier};
+use veiltune_nn::text::Words;
+use veiltune_nn::{Method, TextEncoder};
 
 use crate::learn::Bar;
 use crate::prepare::Preparation;
@@ -33,19 +35,80 @@ const PICTURES: &[(&str, &[u8])] = pictures!(
 /// Name of the file, beside pictures, that states their true labels: an object from file name to label.
 const LABELS_FILE: &str = "labels.json";
 
-/// The pictures of a run, in order.
-pub enum Pictures {
-    /// Those in this executable.
+/// What is classified in a run, in order.
+pub enum Items {
+    /// The pictures in this executable.
     Embedded,
-    /// Files.
+    /// Files of pictures.
     Files(Vec<PathBuf>),
+    /// Texts.
+    Texts(Vec<Line>),
 }
 
-impl Pictures {
+/// A text, or a pair, of a file. Not for debug prints.
+pub struct Line {
+    /// Number of its line, from 1.
+    pub number: usize,
+    /// The text, or the first of a pair.
+    pub first: String,
+    /// The second of a pair.
+    pub second: Option<String>,
+}
+
+/// One of [`Items`], read.
+pub enum Item {
+    /// A picture, scaled and normalised.
+    Pixels(Vec<f32>),
+    /// A text.
+    Words(Words),
+}
+
+/// Longest file of texts, bytes.
+const MAX_TEXTS: u64 = 1 << 28;
+
+/// The texts in `file`: one a line, or a pair with a tab between. Lines without text are left out.
+pub fn lines(file: &Path, pairs: bool) -> Result<Vec<Line>> {
+    let bad = |detail: &str| Error::Input(format!("{}: {detail}", file.display()));
+    let bytes =
+        files::read(file, MAX_TEXTS).map_err(|e| Error::Input(format!("{e}; give a text file to --text")))?;
+    let content = String::from_utf8(bytes).map_err(|_| bad("not UTF-8; convert the file"))?;
+    let content = content.strip_prefix('\u{feff}').unwrap_or(&content);
+    let filled = content
+        .lines()
+        .enumerate()
+        .filter(|(_, line)| !line.trim().is_empty());
+    let line = |(i, line): (usize, &str)| {
+        let number = i + 1;
+        let (first, second) = match (pairs, line.split_once('\t')) {
+            (false, _) => (line, None),
+            (true, Some((first, second))) => (first, Some(second.to_owned())),
+            (true, None) => {
+                let detail = format!("line {number}: pairs of texts are wanted; put a tab between them");
+                return Err(bad(&detail));
+            }
+        };
+        Ok(Line {
+            number,
+            first: first.to_owned(),
+            second,
+        })
+    };
+    let lines = filled.map(line).collect::<Result<Vec<_>>>()?;
+    match lines.is_empty() {
+        true => Err(bad("there are no texts")),
+        false => Ok(lines),
+    }
+}
+
+impl Items {
     /// From the command line: files, and directories of which all PNG and JPEG files are taken. None given: the embedded ones.
-    pub fn find(given: &[PathBuf]) -> Result<Pictures> {
+    /// With a file of `texts` those, for an adapter that reads them in this form.
+    pub fn find(given: &[PathBuf], texts: Option<&Path>, form: Option<TextForm>) -> Result<Items> {
+        if let Some(file) = texts {
+            return Ok(Items::Texts(lines(file, form.is_some_and(|form| form.pairs))?));
+        }
         if given.is_empty() {
-            return Ok(Pictures::Embedded);
+            return Ok(Items::Embedded);
         }
         let mut found = Vec::new();
         for path in given {
@@ -55,27 +118,32 @@ impl Pictures {
                 found.push(path.clone());
             }
         }
-        Ok(Pictures::Files(found))
+        Ok(Items::Files(found))
     }
 
-    /// The files; None for the embedded ones.
+    /// The files of pictures; None for the embedded ones, and of texts.
     pub fn files(&self) -> Option<&[PathBuf]> {
         match self {
-            Pictures::Embedded => None,
-            Pictures::Files(paths) => Some(paths),
+            Items::Embedded | Items::Texts(_) => None,
+            Items::Files(paths) => Some(paths),
         }
     }
 
-    /// Number of pictures.
+    /// How many.
     pub fn len(&self) -> usize {
-        self.files().map_or(PICTURES.len(), <[_]>::len)
+        match self {
+            Items::Embedded => PICTURES.len(),
+            Items::Files(paths) => paths.len(),
+            Items::Texts(lines) => lines.len(),
+        }
     }
 
-    /// File name of picture `i`.
+    /// File name of picture `i`, or the number of the text's line.
     pub fn name(&self, i: usize) -> String {
         match self {
-            Pictures::Embedded => PICTURES[i].0.into(),
-            Pictures::Files(paths) => paths[i]
+            Items::Embedded => PICTURES[i].0.into(),
+            Items::Texts(lines) => format!("line {}", lines[i].number),
+            Items::Files(paths) => paths[i]
                 .file_name()
                 .unwrap_or(paths[i].as_os_str())
                 .to_string_lossy()
@@ -83,23 +151,52 @@ impl Pictures {
         }
     }
 
-    /// Picture `i` as it is to be prepared.
-    pub fn load(&self, i: usize, preparation: &Preparation) -> Result<Vec<f32>> {
-        let read = match self {
-            Pictures::Embedded => preparation.decode(PICTURES[i].0, PICTURES[i].1),
-            Pictures::Files(paths) => preparation.picture(&paths[i]),
+    /// Number `i` as it is to be prepared.
+    pub fn load(&self, i: usize, preparation: &Preparation) -> Result<Item> {
+        let read = match (self, preparation) {
+            (Items::Texts(lines), Preparation::Texts { encoder, .. }) => {
+                let line = &lines[i];
+                return encoder
+                    .words(&line.first, line.second.as_deref())
+                    .map(Item::Words)
+                    .map_err(|e| {
+                        Error::Input(format!("line {}: {e}; change it, or remove it", line.number))
+                    });
+            }
+            (Items::Texts(_), _) => {
+                return Err(Error::Input(
+                    "the adapter is for pictures, not for texts; give PNG or JPEG files".into(),
+                ));
+            }
+            (_, Preparation::Texts { .. }) => {
+                return Err(Error::Input(
+                    "the adapter is for texts, not for pictures; give a file of texts to --text".into(),
+                ));
+            }
+            (Items::Embedded, _) => preparation.decode(PICTURES[i].0, PICTURES[i].1),
+            (Items::Files(paths), _) => preparation.picture(&paths[i]),
         };
-        read.map_err(|e| Error::Input(format!("{e}; give readable PNG or JPEG files")))
+        read.map(Item::Pixels)
+            .map_err(|e| Error::Input(format!("{e}; give readable PNG or JPEG files")))
     }
 
-    /// Reads every picture, before anything is promised to anybody; the error of the first that cannot be used, which names it.
+    /// Texts of which something does not fit.
+    pub fn cut(&self, preparation: &Preparation) -> usize {
+        let words = |i| match self.load(i, preparation) {
+            Ok(Item::Words(words)) => words.cut,
+            _ => 0,
+        };
+        (0..self.len()).into_par_iter().filter(|&i| words(i) > 0).count()
+    }
+
+    /// Reads all of them, before anything is promised to anybody; the error of the first that cannot be used, which names it.
     /// With `skip` those are left out instead, and `skipped` hears of each.
     pub fn check(
         self,
         preparation: &Preparation,
         skip: bool,
         mut skipped: impl FnMut(Error),
-    ) -> Result<Pictures> {
+    ) -> Result<Items> {
         let read = |i| self.load(i, preparation).map(drop);
         if !skip {
             return match (0..self.len())
@@ -112,7 +209,7 @@ impl Pictures {
             };
         }
         let read: Vec<Result<()>> = (0..self.len()).into_par_iter().map(read).collect();
-        let Pictures::Files(paths) = self else {
+        let Items::Files(paths) = self else {
             return Ok(self);
         };
         let mut kept = Vec::with_capacity(paths.len());
@@ -122,7 +219,7 @@ impl Pictures {
                 Err(e) => skipped(e),
             }
         }
-        Ok(Pictures::Files(kept))
+        Ok(Items::Files(kept))
     }
 
     /// The number of each picture's true class, where `labels.json` beside it or its own name (`NAME_label.png`) tells.
@@ -193,21 +290,49 @@ fn in_directory(dir: &Path) -> Result<Vec<PathBuf>> {
 /// The backbone that is meant: a folder (`config.json` and `model.safetensors` or `backbone.safetensors`), a model of the hub,
 /// which is downloaded if it is not on this machine, or the embedded one.
 pub fn backbone(name: Option<&str>) -> Result<Backbone> {
-    let found = |name: &str| {
-        let (bar, mut said) = (Bar::new("download"), false);
-        let folder = veiltune_hub::fetch(name, &mut |p| {
-            if !std::mem::replace(&mut said, true) {
-                bar.say(&format!("downloading {name}"));
-            }
-            bar.at(p.done as usize, p.total as usize, p.file);
-        })?;
-        Backbone::open(&folder)
+    let Some(name) = name else {
+        return Backbone::from_bytes(asset!("config.json"), &asset!("backbone.safetensors")[..])
+            .map_err(|e| bad_weights(e, None, "--backbone"));
     };
-    match name {
-        Some(name) => found(name),
-        None => Backbone::from_bytes(asset!("config.json"), &asset!("backbone.safetensors")[..]),
+    let (folder, kind) = folder(name)?;
+    match kind.and_then(|kind| Family::of_type(&kind)) {
+        Some(_) => Err(Error::Input(format!(
+            "{name} is a language model, which sees no pictures; give a vision transformer to --backbone, or --task and texts"
+        ))),
+        None => Backbone::open(&folder).map_err(|e| bad_weights(e, Some(Path::new(name)), "--backbone")),
     }
-    .map_err(|e| bad_weights(e, name.map(Path::new), "--backbone"))
+}
+
+/// The text encoder that is meant: a folder (`config.json`, the tokenizer and `model.safetensors`), or a model of the hub.
+pub fn encoder(name: Option<&str>, form: TextForm) -> Result<TextEncoder> {
+    let name = name.ok_or_else(|| {
+        Error::Input("texts need a text encoder, none of which is embedded; give one to --backbone".into())
+    })?;
+    let (folder, kind) = folder(name)?;
+    match kind {
+        Some(kind) if Family::of_type(&kind).is_none() => Err(Error::Input(format!(
+            "{name} is a {kind}, which reads no texts; give a BERT, RoBERTa, ALBERT or MiniLM to --backbone, or pictures"
+        ))),
+        _ => {
+            TextEncoder::open(&folder, form).map_err(|e| bad_weights(e, Some(Path::new(name)), "--backbone"))
+        }
+    }
+}
+
+/// The folder of a model, downloaded if need be, and what its configuration calls it.
+fn folder(name: &str) -> Result<(PathBuf, Option<String>)> {
+    let (bar, mut said) = (Bar::new("download"), false);
+    let folder = veiltune_hub::fetch(name, &mut |p| {
+        if !std::mem::replace(&mut said, true) {
+            bar.say(&format!("downloading {name}"));
+        }
+        bar.at(p.done as usize, p.total as usize, p.file);
+    })
+    .map_err(|e| bad_weights(e, Some(Path::new(name)), "--backbone"))?;
+    // What is wrong with a file, whoever opens the model says.
+    let config: Option<serde_json::Value> = files::read_json(&folder.join("config.json")).ok();
+    let kind = config.and_then(|c| Some(c.get("model_type")?.as_str()?.to_owned()));
+    Ok((folder, kind))
 }
 
 /// The adapter in `dir` (`adapter_config.json` and `adapter_model.safetensors`), or the embedded one.
@@ -273,7 +398,7 @@ mod tests {
         for name in ["a.png", "b_ankle-boot.JPG", "c_t-shirt-top.png", "d.png", "e.txt"] {
             std::fs::write(dir.path().join(name), "").unwrap();
         }
-        let found = Pictures::find(&[dir.path().into()]).unwrap();
+        let found = Items::find(&[dir.path().into()], None, None).unwrap();
         assert_eq!(found.len(), 4);
         assert_eq!(
             found.true_classes(&labels).unwrap(),
@@ -326,7 +451,7 @@ mod tests {
     #[test]
     fn embedded_pictures_have_known_labels() {
         let method = classifier(None).unwrap().config.method;
-        let classes = Pictures::Embedded.true_classes(method.labels()).unwrap();
+        let classes = Items::Embedded.true_classes(method.labels()).unwrap();
         let each_twice = (0..10).flat_map(|c| [Some(c), Some(c)]).collect::<Vec<_>>();
         assert_eq!(classes, each_twice);
     }

@@ -1,6 +1,7 @@
 //! Which method, on the command line: for training and for benchmarks.
 
 use clap::{Args, ValueEnum};
+use veiltune_adapt::cache::Source;
 use veiltune_engine::{NormKind, NormSpec};
 use veiltune_hub::Preprocess;
 use veiltune_nn::attention::AttentionKind;
@@ -111,6 +112,30 @@ impl AttentionArg {
     }
 }
 
+/// What a method must fit: a backbone's sizes.
+pub struct Ground<'a> {
+    /// Width of a hidden state.
+    pub width: usize,
+    /// Tokens of one.
+    pub tokens: usize,
+    /// Number of blocks.
+    pub layers: usize,
+    /// Architecture, unless it reads texts.
+    pub vision: Option<(&'a VitConfig, Variant)>,
+}
+
+impl<'a> Ground<'a> {
+    /// Of a public backbone.
+    pub fn of(source: Source<'a>) -> Ground<'a> {
+        Ground {
+            width: source.width(),
+            tokens: source.tokens(),
+            layers: source.layers().unwrap_or(0),
+            vision: source.backbone().map(|b| (&b.config, b.variant)),
+        }
+    }
+}
+
 impl MethodArgs {
     /// The width that is meant.
     pub fn rank(&self) -> usize {
@@ -121,17 +146,11 @@ impl MethodArgs {
         })
     }
 
-    /// The method, not yet calibrated, on a backbone with `tokens` tokens.
-    pub fn build(
-        &self,
-        vit: &VitConfig,
-        variant: Variant,
-        tokens: usize,
-        labels: Vec<String>,
-    ) -> Result<Method> {
+    /// The method, not yet calibrated, on this backbone.
+    pub fn build(&self, ground: &Ground, labels: Vec<String>) -> Result<Method> {
         let attention = |usual| self.attention.map_or(usual, AttentionArg::kind);
-        let (rank, all) = (self.rank(), vit.num_hidden_layers);
-        let encoder = |tuning, layers| {
+        let (rank, all) = (self.rank(), ground.layers);
+        let encoder = |(vit, variant), tuning, layers| {
             let kind = attention(AttentionKind::Softmax);
             Method::Encoder(EncoderConfig::new(
                 tuning,
@@ -142,8 +161,8 @@ impl MethodArgs {
                 labels.clone(),
             ))
         };
-        let method = match self.method {
-            Which::Adapter => {
+        let method = match (self.method, ground.vision) {
+            (Which::Adapter, _) => {
                 let design = Design {
                     norm: self.norm.choice(),
                     branch: match self.branch {
@@ -154,10 +173,10 @@ impl MethodArgs {
                     attention: attention(AttentionKind::LinAtten),
                     ..Design::new(self.heads, rank, self.scope)
                 };
-                Method::Owc(OwcConfig::new(&design, vit.hidden_size, tokens, labels))
+                Method::Owc(OwcConfig::new(&design, ground.width, ground.tokens, labels))
             }
-            Which::Head => Method::Head(HeadConfig {
-                hidden_size: vit.hidden_size,
+            (Which::Head, _) => Method::Head(HeadConfig {
+                hidden_size: ground.width,
                 norm: NormSpec {
                     kind: NormKind::Layer,
                     eps: 1e-6,
@@ -165,15 +184,20 @@ impl MethodArgs {
                 },
                 labels,
             }),
-            Which::LastLayer if self.scope > all => {
+            (_, None) => {
+                return Err(Error::Input(
+                    "with texts --method is adapter or head: the others run blocks of a vision transformer privately".into(),
+                ));
+            }
+            (Which::LastLayer, _) if self.scope > all => {
                 return Err(Error::Input(format!(
                     "--scope {} of a backbone of {all} layers",
                     self.scope
                 )));
             }
-            Which::LastLayer => encoder(Tuning::LastLayers, self.scope),
-            Which::Lora => {
-                let projections = variant.layout.projections();
+            (Which::LastLayer, Some(vision)) => encoder(vision, Tuning::LastLayers, self.scope),
+            (Which::Lora, Some(vision)) => {
+                let projections = vision.1.layout.projections();
                 let name = |i: usize| {
                     projections[i]
                         .rsplit('.')
@@ -186,16 +210,17 @@ impl MethodArgs {
                     lora_alpha: 2.0 * rank as f64,
                     target_modules: vec![name(0), name(2)],
                 };
-                encoder(tuning, all)
+                encoder(vision, tuning, all)
             }
-            Which::Adaptformer => encoder(
+            (Which::Adaptformer, Some(vision)) => encoder(
+                vision,
                 Tuning::AdaptFormer {
                     bottleneck: rank,
                     scale: 0.1,
                 },
                 all,
             ),
-            Which::Mpcvit => {
+            (Which::Mpcvit, Some(_)) => {
                 let preprocess = Preprocess {
                     size: 32,
                     centre_crop: false,
@@ -206,7 +231,7 @@ impl MethodArgs {
                 Method::Encoder(EncoderConfig::mpcvit(preprocess, &[kind], labels)?)
             }
         };
-        let fits = method.check().and_then(|()| method.reads(vit.num_hidden_layers));
+        let fits = method.check().and_then(|()| method.reads(ground.layers));
         match fits {
             Ok(_) => Ok(method),
             Err(e) => Err(Error::Input(format!(

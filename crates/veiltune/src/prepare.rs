@@ -1,4 +1,4 @@
-//! What the client computes in the clear: from a picture to what the private part reads of it.
+//! What the client computes in the clear: from a picture or a text to what the private part reads of it.
 
 use std::path::Path;
 use std::sync::Mutex;
@@ -6,18 +6,20 @@ use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread::{self, ThreadId};
 use std::time::{Duration, Instant};
 
+use veiltune_adapt::cache::Source;
 use veiltune_engine::{Backend, Error as EngineError, Owner, Plain};
 use veiltune_hub::{AdapterConfig, Preprocess};
 use veiltune_nn::encoder::Tuning;
 use veiltune_nn::load::{Backbone, Served};
 use veiltune_nn::method::State;
-use veiltune_nn::{Method, Read, Vit, VitConfig};
+use veiltune_nn::text::TextModel;
+use veiltune_nn::{Method, Read, TextEncoder, Vit, VitConfig};
 
-use crate::inputs::{self, Pictures};
+use crate::inputs::{self, Item, Items};
 use crate::program::{CLIENT, Images, Inputs, shapes_read, together};
 use crate::{Error, Result};
 
-/// How the pictures of one method are prepared.
+/// How the pictures or texts of one method are prepared.
 pub enum Preparation {
     /// By a public backbone.
     Backbone {
@@ -33,6 +35,13 @@ pub enum Preparation {
         /// The model's shape.
         vit: VitConfig,
     },
+    /// By a public text encoder.
+    Texts {
+        /// Which.
+        encoder: Box<TextEncoder>,
+        /// What is read of its hidden states.
+        reads: Vec<Read>,
+    },
 }
 
 impl Preparation {
@@ -47,21 +56,35 @@ impl Preparation {
                 vit: c.vit.clone(),
             });
         }
-        let found = inputs::backbone(backbone)?;
-        check_fit(&found, &adapter.method)?;
         let served = adapter.method.served();
+        if let Some(form) = adapter.text {
+            let encoder = Box::new(inputs::encoder(backbone, form)?);
+            check_fit(Source::Texts(&encoder), &adapter.method)?;
+            return Ok(Preparation::Texts {
+                reads: served.reads(encoder.layers())?,
+                encoder,
+            });
+        }
+        let backbone = Box::new(inputs::backbone(backbone)?);
+        check_fit(Source::Backbone(&backbone), &adapter.method)?;
         Ok(Preparation::Backbone {
-            reads: served.reads(found.config.num_hidden_layers)?,
-            backbone: Box::new(found),
+            reads: served.reads(backbone.config.num_hidden_layers)?,
+            backbone,
         })
     }
 
-    /// The backbone, if there is one.
-    pub fn backbone(&self) -> Option<&Backbone> {
+    /// What computes hidden states.
+    pub fn source(&self) -> Source<'_> {
         match self {
-            Preparation::Backbone { backbone, .. } => Some(backbone),
-            Preparation::Pixels { .. } => None,
+            Preparation::Backbone { backbone, .. } => Source::Backbone(backbone),
+            Preparation::Pixels { preprocess, vit } => Source::Pixels { vit, preprocess },
+            Preparation::Texts { encoder, .. } => Source::Texts(encoder),
         }
+    }
+
+    /// The vision backbone, if there is one.
+    pub fn backbone(&self) -> Option<&Backbone> {
+        self.source().backbone()
     }
 
     /// What the client has of the private part: its public parameters.
@@ -81,6 +104,7 @@ impl Preparation {
         match self {
             Preparation::Backbone { backbone, .. } => backbone.picture(path),
             Preparation::Pixels { preprocess, .. } => Ok(preprocess.load(path)?),
+            Preparation::Texts { .. } => Err(no_picture()),
         }
     }
 
@@ -89,23 +113,24 @@ impl Preparation {
         match self {
             Preparation::Backbone { backbone, .. } => backbone.decode(file, bytes),
             Preparation::Pixels { preprocess, .. } => Ok(preprocess.decode(file, bytes)?),
+            Preparation::Texts { .. } => Err(no_picture()),
         }
     }
 
     /// Ready to prepare pictures.
     pub fn load(&self) -> Result<Preparer<'_>> {
+        let damaged = |e| Error::Input(format!("{e}; give a complete, undamaged backbone to --backbone"));
         Ok(match self {
-            Preparation::Backbone { backbone, reads } => {
-                let vit = backbone.load(&Plain::new()).map_err(|e| {
-                    Error::Input(format!("{e}; give a complete, undamaged backbone to --backbone"))
-                })?;
-                Preparer::Backbone {
-                    reads,
-                    config: &backbone.config,
-                    vit: Box::new(vit),
-                }
-            }
+            Preparation::Backbone { backbone, reads } => Preparer::Backbone {
+                reads,
+                config: &backbone.config,
+                vit: Box::new(backbone.load(&Plain::new()).map_err(damaged)?),
+            },
             Preparation::Pixels { vit, .. } => Preparer::Pixels { vit },
+            Preparation::Texts { encoder, reads } => Preparer::Texts {
+                reads,
+                model: Box::new(encoder.load(&Plain::new()).map_err(damaged)?),
+            },
         })
     }
 }
@@ -126,6 +151,17 @@ pub enum Preparer<'a> {
         /// The model's shape.
         vit: &'a VitConfig,
     },
+    /// As [`Preparation::Texts`].
+    Texts {
+        /// What is read of the hidden states.
+        reads: &'a [Read],
+        /// The encoder.
+        model: Box<TextModel<'a, Plain>>,
+    },
+}
+
+fn no_picture() -> veiltune_nn::Error {
+    veiltune_nn::Error::Config("a text encoder sees no pictures".into())
 }
 
 fn hidden(state: State) -> Option<usize> {
@@ -136,18 +172,26 @@ fn hidden(state: State) -> Option<usize> {
 }
 
 impl Preparer<'_> {
-    /// What the private part reads of one picture.
-    pub fn inputs(&self, pixels: &[f32]) -> Result<Inputs> {
-        let (reads, config, vit) = match self {
-            Preparer::Backbone { reads, config, vit } => (reads, config, vit),
-            Preparer::Pixels { vit } => return Ok(vec![patches(pixels, vit)]),
-        };
+    /// What the private part reads of one picture or text.
+    pub fn inputs(&self, item: &Item) -> Result<Inputs> {
         let b = Plain::new();
-        let dims = [1, config.num_channels, config.image_size, config.image_size];
-        let image = b.input(Owner::Public, &dims, Some(pixels))?;
         // Later blocks are not run: a method that runs the backbone privately reads only the embedding.
-        let last = reads.iter().filter_map(|read| hidden(read.state)).max();
-        let states = vit.forward_to(&b, &image, last.unwrap_or(0))?;
+        let last = |reads: &[Read]| {
+            let last = reads.iter().filter_map(|read| hidden(read.state)).max();
+            last.unwrap_or(0)
+        };
+        let (reads, states) = match (self, item) {
+            (Preparer::Backbone { reads, config, vit }, Item::Pixels(pixels)) => {
+                let dims = [1, config.num_channels, config.image_size, config.image_size];
+                let image = b.input(Owner::Public, &dims, Some(pixels))?;
+                (reads, vit.forward_to(&b, &image, last(reads))?)
+            }
+            (Preparer::Pixels { vit }, Item::Pixels(pixels)) => return Ok(vec![patches(pixels, vit)]),
+            (Preparer::Texts { reads, model }, Item::Words(words)) => {
+                (reads, model.states(&b, words, last(reads))?)
+            }
+            _ => return Err(EngineError::program("hidden states", "an item of another kind").into()),
+        };
         let read = |read: &Read| -> Result<Vec<f32>> {
             let state = hidden(read.state).and_then(|index| states.get(index));
             let state = state.ok_or_else(|| {
@@ -179,16 +223,22 @@ fn patches(pixels: &[f32], c: &VitConfig) -> Vec<f32> {
 }
 
 /// Refuses an adapter that was not trained for a backbone of this shape.
-fn check_fit(backbone: &Backbone, method: &Method) -> Result<()> {
-    let (b, tokens) = (&backbone.config, backbone.tokens());
+fn check_fit(backbone: Source, method: &Method) -> Result<()> {
+    let (width, tokens, layers) = (
+        backbone.width(),
+        backbone.tokens(),
+        backbone.layers().unwrap_or(0),
+    );
     let refuse = |wanted: String| {
         Err(Error::Input(format!(
-            "the adapter is for {wanted}, this backbone has width {}, {tokens} tokens and {} blocks; give the pair that was \
-             trained together to --backbone and --adapter",
-            b.hidden_size, b.num_hidden_layers
+            "the adapter is for {wanted}, this backbone has width {width}, {tokens} tokens and {layers} blocks; give the pair that \
+             was trained together to --backbone and --adapter"
         )))
     };
-    if let Err(e) = method.reads(b.num_hidden_layers) {
+    if matches!((backbone, method), (Source::Texts(_), Method::Encoder(_))) {
+        return refuse("a vision transformer".into());
+    }
+    if let Err(e) = method.reads(layers) {
         return refuse(format!("another backbone ({e})"));
     }
     let widest = shapes_read(method)?
@@ -196,7 +246,7 @@ fn check_fit(backbone: &Backbone, method: &Method) -> Result<()> {
         .map(|read| method.input_dims(read, 1))
         .max_by_key(|dims| dims[1]);
     match widest.as_deref() {
-        Some(&[_, n, d]) if d != b.hidden_size || (n != 1 && n != tokens) => {
+        Some(&[_, n, d]) if d != width || (n != 1 && n != tokens) => {
             refuse(format!("a backbone of width {d} with {n} tokens"))
         }
         _ => Ok(()),
@@ -210,7 +260,7 @@ const HELD: usize = 256 << 20;
 /// What the thread does that prepares pictures.
 const PREPARING: &str = "preparing the pictures";
 
-/// Pictures being prepared, for one session.
+/// Items being prepared, for one session.
 pub struct Stream {
     ready: Mutex<Receiver<Result<Inputs>>>,
     /// Why a picture could not be prepared, where this came late: the peer is not told names of files.
@@ -244,7 +294,7 @@ impl Images for Stream {
 /// held are there. `work` is also given what tells the time that the preparation has taken so far.
 pub fn prepared<T>(
     preparation: &Preparation,
-    pictures: &Pictures,
+    pictures: &Items,
     method: &Method,
     batch: usize,
     progress: impl Fn(usize) + Send,
@@ -263,9 +313,9 @@ pub fn prepared<T>(
         let spent = &spent;
         let preparing = scope.spawn(move || {
             for i in 0..pictures.len() {
-                let made = pictures.load(i, preparation).and_then(|pixels| {
+                let made = pictures.load(i, preparation).and_then(|item| {
                     let start = Instant::now();
-                    let made = preparer.inputs(&pixels);
+                    let made = preparer.inputs(&item);
                     *spent.lock().unwrap_or_else(|e| e.into_inner()) += start.elapsed();
                     made
                 });
@@ -323,17 +373,10 @@ mod tests {
             Ok(())
         };
         let panics = |done| assert!(done < 3, "on purpose");
-        let all = prepared(
-            &preparation,
-            &Pictures::Embedded,
-            &adapter.method,
-            8,
-            panics,
-            work,
-        );
+        let all = prepared(&preparation, &Items::Embedded, &adapter.method, 8, panics, work);
         assert!(matches!(all, Err(Error::Panicked(_))), "{all:?}");
         assert!(!begun.get());
-        prepared(&preparation, &Pictures::Embedded, &adapter.method, 8, drop, work).unwrap();
+        prepared(&preparation, &Items::Embedded, &adapter.method, 8, drop, work).unwrap();
         assert!(begun.get());
     }
 

@@ -1,6 +1,6 @@
 //! The three roles of a private classification, each a process of its own. Read top to bottom they are its data flow:
 //!
-//! image -> preprocess -> backbone, in the clear at the client -> hidden states -> input of the session -> adapter and head
+//! image (or text) -> preprocess -> backbone, in the clear at the client -> hidden states -> input of the session -> adapter and head
 //! between client and provider, on material from the dealer -> reveal to the client -> label.
 
 use std::collections::HashMap;
@@ -12,6 +12,7 @@ use std::thread;
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use veiltune_adapt::cache::Source;
 use veiltune_engine::Comparison;
 use veiltune_engine::session::serve_material;
 use veiltune_hub::{AdapterConfig, files};
@@ -20,7 +21,7 @@ use veiltune_nn::load::Served;
 use veiltune_wire::{Identity, Link, Network};
 
 use crate::events::{Classified, Event, Measured, Stage};
-use crate::inputs::{self, Pictures};
+use crate::inputs::{self, Items};
 use crate::prepare::{Preparation, prepared};
 use crate::program::{Batches, CLIENT, Classification, PROVIDER};
 use crate::service::{Budget, Limits, serve};
@@ -74,6 +75,8 @@ pub struct Config<R> {
 pub struct ClientConfig {
     /// Image files; None for the embedded ones.
     pub pictures: Option<Vec<PathBuf>>,
+    /// A file of texts instead, for an adapter that reads them.
+    pub texts: Option<PathBuf>,
     /// Images a pass.
     pub batch: NonZeroUsize,
     /// How the parties compare numbers.
@@ -177,13 +180,16 @@ fn read<R: DeserializeOwned>(path: &Path) -> Result<Config<R>> {
 /// Images in, labels out: one session.
 pub fn client(c: &Config<ClientConfig>, tell: Tell, open: &Open) -> Result<()> {
     let own = &c.own;
-    let pictures = own.pictures.clone().map_or(Pictures::Embedded, Pictures::Files);
+    let pictures = match (&own.texts, own.pictures.clone()) {
+        (None, Some(files)) => Items::Files(files),
+        (texts, _) => Items::find(&[], texts.as_deref(), c.adapter.text)?,
+    };
     let images =
         NonZeroUsize::new(pictures.len()).ok_or_else(|| Error::Input("there are no images".into()))?;
     own.material.check()?;
     let preparation = Preparation::new(&c.adapter, own.backbone.as_deref())?;
     let named = own.backbone.as_deref().unwrap_or("the embedded one");
-    let fingerprint = check_backbone(&c.adapter, preparation.backbone(), named)?;
+    let fingerprint = check_backbone(&c.adapter, Some(preparation.source()), named)?;
     let served = preparation.served(&c.adapter.method)?;
     let station = Station::new(Role::Client, c, fingerprint, tell, open)?;
     let request = Request {
@@ -270,7 +276,7 @@ pub fn provider(c: &Config<ProviderConfig>, tell: Tell, open: &Open) -> Result<(
         .then(|| inputs::backbone(own.backbone.as_deref()))
         .transpose()?;
     let named = own.backbone.as_deref().unwrap_or("the embedded one");
-    let fingerprint = check_backbone(&c.adapter, backbone.as_ref(), named)?;
+    let fingerprint = check_backbone(&c.adapter, backbone.as_ref().map(Source::Backbone), named)?;
     let served = classifier
         .serve(backbone.as_ref())
         .map_err(|e| inputs::bad_weights(e, dir, "--adapter"))?;

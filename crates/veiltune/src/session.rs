@@ -11,12 +11,13 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use sha2::{Digest, Sha256};
+use veiltune_adapt::cache::Source as HiddenStates;
 use veiltune_engine::material::{DealId, FileSource, Label, Source};
 use veiltune_engine::session::{MaterialFrom, PartySession, Plan, Report};
 use veiltune_engine::{Comparison, Error as EngineError, Party, Result as EngineResult};
 use veiltune_hub::AdapterConfig;
 use veiltune_nn::Method;
-use veiltune_nn::load::{Backbone, Served};
+use veiltune_nn::load::Served;
 use veiltune_wire::handshake::{Hello, PROTOCOL_VERSION, handshake};
 use veiltune_wire::pki::Credentials;
 use veiltune_wire::tcp::{self, Listener};
@@ -399,7 +400,7 @@ fn public_hash(adapter: &AdapterConfig<Method>) -> String {
 /// If the adapter was trained on another one.
 pub fn check_backbone(
     adapter: &AdapterConfig<Method>,
-    backbone: Option<&Backbone>,
+    backbone: Option<HiddenStates>,
     named: &str,
 ) -> Result<Option<[u8; 32]>> {
     let (Some(backbone), true) = (
@@ -411,6 +412,7 @@ pub fn check_backbone(
     let found = backbone
         .fingerprint()
         .map_err(|e| Error::Input(format!("{e}; give a complete, undamaged backbone to --backbone")))?;
+    let Some(found) = found else { return Ok(None) };
     match &adapter.base_model_sha256 {
         Some(wanted) if *wanted != hex(&found) => Err(Error::Input(format!(
             "an adapter for another backbone: it was trained on {} (parameters {}), {named} has parameters {}; give the \

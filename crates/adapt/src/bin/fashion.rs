@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 
 use clap::{Args, Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
-use veiltune_adapt::cache::{Request, Source, States};
+use veiltune_adapt::cache::{Examples, Request, Source, States};
 use veiltune_adapt::data::{self, LABELS, Pictures, SIDE, Split};
 use veiltune_adapt::evaluate::{self, Arithmetic, evaluate};
 use veiltune_adapt::train::{self, Task, Trained};
@@ -199,6 +199,7 @@ fn run(command: Command) -> Result<()> {
             let config = AdapterConfig {
                 base_model_name_or_path: "fashion-mnist-vit".into(),
                 base_model_sha256: None,
+                text: None,
                 method: trained.method,
             };
             let dir = common.out.join("adapter");
@@ -269,7 +270,7 @@ fn states(
     let request = Request {
         dir: &common.cache,
         source: Source::Backbone(backbone),
-        dataset,
+        examples: Examples::Pictures(dataset),
         views,
         augment: Augment {
             scale: [1.0; 2],

@@ -1,7 +1,7 @@
 //! Self-attention of a language model: exact softmax or random features, with padding and causal masks, rotary positions and
 //! shared keys.
 
-use std::cell::RefCell;
+use std::sync::{Mutex, PoisonError};
 
 use veiltune_engine::{Backend, Error, NormSpec, Owner, Params, Party, Result, SoftmaxSpec};
 
@@ -61,7 +61,7 @@ struct Trials {
     /// The same attention, with one of [`TEMPERATURES`] each.
     candidates: Vec<Rfa>,
     /// Of each candidate and group: squared distances to what softmax gives.
-    errors: RefCell<Vec<Vec<f64>>>,
+    errors: Mutex<Vec<Vec<f64>>>,
 }
 
 /// Features are divided by 8, for no more than the fractional bits that a product has room for beside values; what they are all
@@ -266,7 +266,7 @@ impl<B: Backend> SelfAttention<B> {
         };
         rfa.trials = Some(Trials {
             candidates: TEMPERATURES.map(candidate).into(),
-            errors: RefCell::new(vec![vec![0.0; groups]; TEMPERATURES.len()]),
+            errors: Mutex::new(vec![vec![0.0; groups]; TEMPERATURES.len()]),
         });
     }
 
@@ -278,7 +278,7 @@ impl<B: Backend> SelfAttention<B> {
         else {
             return None;
         };
-        let errors = trials.errors.borrow();
+        let errors = trials.errors.lock().unwrap_or_else(PoisonError::into_inner);
         let best = |group: usize| {
             let tried = TEMPERATURES.iter().zip(errors.iter());
             tried
@@ -309,7 +309,7 @@ impl<B: Backend> SelfAttention<B> {
             (1.0, MASK_OF_TRIALS, true),
         )?;
         let want = values(&exact)?;
-        let mut errors = trials.errors.borrow_mut();
+        let mut errors = trials.errors.lock().unwrap_or_else(PoisonError::into_inner);
         for (rfa, errors) in trials.candidates.iter().zip(errors.iter_mut()) {
             let got = values(&rfa.attend(b, [q.clone(), k.clone(), v.clone()], scene, only)?)?;
             let each = b.dims(&exact)[2..].iter().product::<usize>().max(1);

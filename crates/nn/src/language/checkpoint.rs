@@ -89,16 +89,11 @@ impl HubConfig {
     /// The architecture, with the defaults of the `transformers` library; [`LanguageConfig::has_head`] is not yet known.
     fn resolve(self) -> Result<LanguageConfig> {
         let refuse = |detail: String| Err(Error::Config(detail));
-        let family = match self.model_type.as_str() {
-            "bert" => Family::Bert,
-            "roberta" | "xlm-roberta" | "camembert" => Family::Roberta,
-            "albert" => Family::Albert,
-            "llama" => Family::Llama,
-            other => {
-                return refuse(format!(
-                    "model_type {other} is not supported; bert, roberta, xlm-roberta, camembert, albert and llama are"
-                ));
-            }
+        let Some(family) = Family::of_type(&self.model_type) else {
+            return refuse(format!(
+                "model_type {} is not supported; bert, roberta, xlm-roberta, camembert, albert and llama are",
+                self.model_type
+            ));
         };
         let llama = family == Family::Llama;
         if let Some(kind) = self.position_embedding_type.filter(|kind| kind != "absolute") {
@@ -442,6 +437,18 @@ impl LanguageCheckpoint {
             }
             false => Ok(None),
         }
+    }
+
+    /// What the second text of a pair has on top of what [`LanguageModel`] adds to every word, `[embedding_size]`; None: the model
+    /// does not tell two texts apart by a type.
+    pub fn second_type(&self) -> Result<Option<Vec<f32>>> {
+        let c = &self.config;
+        if c.type_vocab_size < 2 {
+            return Ok(None);
+        }
+        let types = self.stored(layout::TYPES, &[c.type_vocab_size, c.embedding_size])?;
+        let (first, others) = types.split_at(c.embedding_size);
+        Ok(Some(others.iter().zip(first).map(|(b, a)| b - a).collect()))
     }
 
     /// A hash of all parameters and the word table, which tells one model from another.

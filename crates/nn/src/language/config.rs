@@ -21,6 +21,17 @@ pub enum Family {
 }
 
 impl Family {
+    /// Of a `model_type` in a `config.json` of the model hub.
+    pub fn of_type(name: &str) -> Option<Family> {
+        match name {
+            "bert" => Some(Family::Bert),
+            "roberta" | "xlm-roberta" | "camembert" => Some(Family::Roberta),
+            "albert" => Some(Family::Albert),
+            "llama" => Some(Family::Llama),
+            _ => None,
+        }
+    }
+
     /// Whether a position attends to itself and those before it alone.
     pub fn causal(self) -> bool {
         self == Family::Llama

@@ -150,6 +150,25 @@ impl<B: Backend> LanguageModel<B> {
         self.run(b, x, keep, None)
     }
 
+    /// Hidden states 0 to `last` of all positions, each `[batch, tokens, hidden]`, of texts without padding: what enters each of
+    /// the first layers, and what comes out of the last of them. No later layer is run.
+    pub fn states(&self, b: &B, x: &B::Tensor, last: usize) -> Result<Vec<B::Tensor>> {
+        let (_, tokens, _) = rank3(b, x)?;
+        let scene = Scene::new(b, &self.config, tokens, None)?;
+        let mut states = vec![x.clone()];
+        for (i, block) in self.blocks.iter().take(last).enumerate() {
+            b.layer(&format!("block {i}"));
+            let x = block.forward(b, &states[i], &scene, None)?;
+            states.push(x);
+        }
+        if last == self.blocks.len()
+            && let Some(x) = states.pop()
+        {
+            states.push(self.finish(b, x)?);
+        }
+        Ok(states)
+    }
+
     fn run(
         &self,
         b: &B,
@@ -182,6 +201,11 @@ impl<B: Backend> LanguageModel<B> {
             let only = answer.filter(|_| i + 1 == count);
             x = block.forward(b, &x, &scene, only)?;
         }
+        self.finish(b, x)
+    }
+
+    /// What comes out of the last layer as the model's hidden state.
+    fn finish(&self, b: &B, x: B::Tensor) -> Result<B::Tensor> {
         match &self.last {
             Some(Last::Norm(norm)) => norm.forward(b, &x),
             Some(Last::Affine(norm)) => norm.affine(b, &x),

@@ -18,7 +18,7 @@ use veiltune_ring::prg::{Prg, Seed};
 use veiltune_wire::Network;
 
 use super::harness::{Spread, time};
-use crate::methods::MethodArgs;
+use crate::methods::{Ground, MethodArgs};
 use crate::program::{Batches, CLIENT, Classification, Inputs};
 use crate::{Error, Result};
 
@@ -170,7 +170,13 @@ fn method(args: &AdapterArgs, setting: &Setting) -> Result<Method> {
         scope: setting.scope,
         ..args.method.clone()
     };
-    chosen.build(&vit, Variant::default(), vit.tokens(), labels)
+    let ground = Ground {
+        width: vit.hidden_size,
+        tokens: vit.tokens(),
+        layers: vit.num_hidden_layers,
+        vision: Some((&vit, Variant::default())),
+    };
+    chosen.build(&ground, labels)
 }
 
 #[derive(Serialize)]

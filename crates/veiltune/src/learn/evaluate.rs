@@ -8,11 +8,10 @@ use serde::Serialize;
 use veiltune_adapt::cache::Source;
 use veiltune_adapt::evaluate::{Arithmetic, Evaluation, Model, evaluate};
 use veiltune_adapt::train::Pictures;
-use veiltune_hub::Dataset;
 use veiltune_hub::dataset::Split;
 use veiltune_nn::load::Classifier;
 
-use super::{Bar, DataArgs, Views, all_reads, backbone_of, interruptible};
+use super::{Bar, DataArgs, Labelled, Views, all_reads, interruptible};
 use crate::inputs;
 use crate::prepare::Preparation;
 use crate::report::print;
@@ -79,21 +78,23 @@ pub fn run(args: &EvaluateArgs) -> Result<()> {
     let preparation = Preparation::new(&classifier.config, named)?;
     check_backbone(
         &classifier.config,
-        preparation.backbone(),
+        Some(preparation.source()),
         named.unwrap_or("the embedded one"),
     )?;
-    let (pictures, skipped) = args.data.open(&args.data.data, Split::Test, "--data")?;
-    check_classes(classifier.config.method.labels(), pictures.classes())?;
-    let source = match &preparation {
-        Preparation::Backbone { backbone, .. } => Source::Backbone(backbone),
-        Preparation::Pixels { preprocess, vit } => Source::Pixels { vit, preprocess },
-    };
+    let source = preparation.source();
+    let labelled = args.data.open(source, &args.data.data, Split::Test, "--data")?;
+    let noun = labelled.noun();
+    check_classes(
+        noun,
+        classifier.config.method.labels(),
+        labelled.examples().classes(),
+    )?;
     let arithmetic = args.arithmetic.into();
     let result = measure(
         &args.data,
         &classifier,
         source,
-        &pictures,
+        &labelled,
         arithmetic,
         &interrupted,
     )?;
@@ -101,8 +102,8 @@ pub fn run(args: &EvaluateArgs) -> Result<()> {
         adapter: args.adapter.clone(),
         backbone: args.data.backbone_name(),
         arithmetic,
-        pictures: pictures.len(),
-        skipped,
+        pictures: labelled.examples().len(),
+        skipped: labelled.skipped,
         accuracy: result.accuracy,
         loss: result.loss,
         beyond_range: result.beyond,
@@ -113,22 +114,22 @@ pub fn run(args: &EvaluateArgs) -> Result<()> {
             n => format!("; {n} are beyond a calibrated range and count as wrong"),
         };
         format!(
-            "{:.2} % of {} pictures{beyond}\n",
+            "{:.2} % of {} {noun}{beyond}\n",
             100.0 * summary.accuracy,
             summary.pictures
         )
     })
 }
 
-/// Refuses pictures of other classes than the adapter's, naming the first that differs.
-fn check_classes(adapter: &[String], pictures: &[String]) -> Result<()> {
+/// Refuses pictures or texts of other classes than the adapter's, naming the first that differs.
+fn check_classes(noun: &str, adapter: &[String], pictures: &[String]) -> Result<()> {
     let label = |of: &[String], i: usize| of.get(i).map_or("no class".into(), |l| format!("{l:?}"));
     let differs = |&i: &usize| adapter.get(i) != pictures.get(i);
     let Some(i) = (0..adapter.len().max(pictures.len())).find(differs) else {
         return Ok(());
     };
     Err(Error::Input(format!(
-        "the adapter is for {} classes, the pictures have {}; class {} is {} there and {} here; give pictures of the classes \
+        "the adapter is for {} classes, the {noun} have {}; class {} is {} there and {} here; give {noun} of the classes \
          that it was trained for to --data",
         adapter.len(),
         pictures.len(),
@@ -138,24 +139,23 @@ fn check_classes(adapter: &[String], pictures: &[String]) -> Result<()> {
     )))
 }
 
-/// Accuracy on all pictures.
+/// Accuracy on all of them.
 pub fn measure(
     data: &DataArgs,
     classifier: &Classifier,
     source: Source,
-    pictures: &Dataset,
+    labelled: &Labelled,
     arithmetic: Arithmetic,
     interrupted: &AtomicBool,
 ) -> Result<Evaluation> {
     let method = &classifier.config.method;
-    let backbone = backbone_of(source);
-    let reads = all_reads(&[method], backbone.map_or(0, |b| b.config.num_hidden_layers))?;
-    let states = data.states(pictures, source, &reads, Views::CENTRE, interrupted)?;
+    let reads = all_reads(&[method], source.layers().unwrap_or(0))?;
+    let states = data.states(labelled, source, &reads, Views::CENTRE, interrupted)?;
     let which: Vec<usize> = (0..states.len()).collect();
     let model = Model {
         method,
         tensors: &classifier.weights,
-        backbone,
+        backbone: source.backbone(),
     };
     let bar = Bar::new("measuring");
     let result = evaluate(

@@ -9,42 +9,50 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
-use veiltune_adapt::cache::{self, Request, Source, States};
+use veiltune_adapt::cache::{self, Examples, Request, Source, States};
+use veiltune_adapt::texts::Texts;
 use veiltune_engine::{Comparison, Cost};
 use veiltune_hub::dataset::{OnBad, Split};
-use veiltune_hub::{Augment, Dataset, adapter, files};
+use veiltune_hub::{Augment, Dataset, Pooling, TextForm, adapter, files};
 use veiltune_nn::encoder::Tuning;
 use veiltune_nn::load::{Classifier, Served};
-use veiltune_nn::{Backbone, Method, Read};
+use veiltune_nn::{Backbone, Method, Read, TextEncoder};
+use veiltune_tune::Task;
 use veiltune_wire::Network;
 
 use crate::inputs;
 use crate::program::{Batches, Classification, Compare};
 use crate::{Error, Result};
 
-/// Pictures, and the backbone that sees them.
+/// Pictures or texts, and the backbone that sees them.
 #[derive(Args, Clone, Debug)]
 pub struct DataArgs {
-    /// Labelled pictures: an image folder, CIFAR files, or an IDX folder
+    /// Labelled pictures: an image folder, CIFAR files, or an IDX folder; with --task a file of labelled texts
     ///
     /// An image folder has a folder of PNG or JPEG files for each class, perhaps once more below train/ and test/ (or val/).
     /// CIFAR-10 and CIFAR-100 are read in their binary format, one file or a folder of them; IDX is the format of MNIST and
-    /// Fashion-MNIST.
+    /// Fashion-MNIST. Texts are lines of `text<TAB>label`, or in the layout of the task.
     #[arg(long, value_name = "PATH")]
     pub data: PathBuf,
-    /// The public backbone: a folder, or a model of the hub as OWNER/NAME [default: the embedded one]
+    /// The data are texts of this task, as for `veiltune tune`: sst-2, yelp, ag-news, mrpc, rte, nsmc, or a task file
     ///
-    /// A folder has config.json, preprocessor_config.json and model.safetensors. Vision transformers of the kinds vit, deit,
-    /// dinov2 and clip are known. A model that is not in the hub's cache is downloaded.
+    /// Of the task the labels and the columns of its files are used; templates and words are not.
+    #[arg(long, value_name = "TASK", requires = "backbone")]
+    pub task: Option<String>,
+    /// The public backbone: a folder, or a model of the hub as OWNER/NAME [default: the embedded one, which sees pictures]
+    ///
+    /// A folder has config.json, model.safetensors, and preprocessor_config.json for pictures or the tokenizer for texts. Vision
+    /// transformers of the kinds vit, deit, dinov2 and clip are known, and text encoders of the kinds bert (MiniLM too), roberta
+    /// and albert. A model that is not in the hub's cache is downloaded.
     #[arg(long, value_name = "DIR|NAME")]
     pub backbone: Option<String>,
-    /// Use only N pictures, the same share of each class
-    #[arg(long, value_name = "N")]
+    /// Use only N pictures or texts, the same share of each class
+    #[arg(long, visible_alias = "texts", value_name = "N")]
     pub pictures: Option<usize>,
     /// Leave out pictures that cannot be read, naming and counting them; without this the first one is an error
-    #[arg(long)]
+    #[arg(long, conflicts_with = "task")]
     pub skip_unreadable: bool,
     /// Folder for the backbone's hidden states [default: veiltune in the user's cache folder]
     ///
@@ -70,13 +78,70 @@ impl DataArgs {
     }
 
     /// The backbone, downloaded if need be.
-    pub fn open_backbone(&self) -> Result<Backbone> {
-        inputs::backbone(self.backbone.as_deref())
+    pub fn open_backbone(&self, form: &FormArgs) -> Result<Base> {
+        let name = self.backbone.as_deref();
+        Ok(match self.task()? {
+            Some(task) => Base::Texts(inputs::encoder(name, form.form(&task))?),
+            None => Base::Pictures(inputs::backbone(name)?),
+        })
+    }
+
+    fn task(&self) -> Result<Option<Task>> {
+        let named = |name: &String| Task::named(name).map_err(|e| Error::Input(format!("{e}; --task")));
+        self.task.as_ref().map(named).transpose()
+    }
+
+    /// The labelled data at `path`, which came with `option`, as `source` sees them.
+    pub fn open(&self, source: Source, path: &Path, split: Split, option: &str) -> Result<Labelled> {
+        match (source, self.task()?) {
+            (Source::Texts(encoder), Some(task)) => self.texts(encoder, &task, path, option),
+            (Source::Texts(_), None) => Err(Error::Input(
+                "the adapter is for texts: give their task to --task and a file of them to --data".into(),
+            )),
+            (_, Some(_)) => Err(Error::Input(
+                "the adapter is for pictures, not for texts: leave --task out, and give pictures to --data"
+                    .into(),
+            )),
+            (_, None) => {
+                let (dataset, skipped) = self.pictures(path, split, option)?;
+                Ok(Labelled {
+                    data: Data::Pictures(dataset),
+                    skipped,
+                })
+            }
+        }
+    }
+
+    fn texts(&self, encoder: &TextEncoder, task: &Task, path: &Path, option: &str) -> Result<Labelled> {
+        let of_data = |e: &dyn std::fmt::Display| {
+            Error::Input(format!("{e}; give labelled texts of the --task to {option}"))
+        };
+        let mut examples = task.examples(path).map_err(|e| of_data(&e))?;
+        if let Some(n) = self.pictures.filter(|n| *n < examples.len()) {
+            let labels: Vec<u32> = examples.iter().map(|e| e.label as u32).collect();
+            let share = n as f64 / labels.len() as f64;
+            let kept = cache::split(&labels, share, 0).1;
+            examples = kept.iter().map(|&i| examples[i].clone()).collect();
+        }
+        let texts = Texts::new(encoder, &examples, task.labels.clone()).map_err(|e| of_data(&e))?;
+        match texts.cut() {
+            0 => {}
+            cut => eprintln!(
+                "{cut} of {} texts in {} have more than {} tokens and are cut",
+                texts.len(),
+                path.display(),
+                encoder.form().tokens
+            ),
+        }
+        Ok(Labelled {
+            data: Data::Texts(texts),
+            skipped: 0,
+        })
     }
 
     /// The labelled pictures at `path`, which came with `option`, all of which can be read; and how many were left out because
     /// they cannot.
-    pub fn open(&self, path: &Path, split: Split, option: &str) -> Result<(Dataset, usize)> {
+    fn pictures(&self, path: &Path, split: Split, option: &str) -> Result<(Dataset, usize)> {
         let of_data = |e: veiltune_hub::Error| {
             Error::Input(format!(
                 "{e}; give labelled pictures to {option}: an image folder, CIFAR files or an IDX folder"
@@ -120,7 +185,7 @@ impl DataArgs {
     /// The states that `reads` need, from the cache or computed now.
     pub fn states(
         &self,
-        dataset: &Dataset,
+        labelled: &Labelled,
         source: Source,
         reads: &[Read],
         views: Views,
@@ -134,7 +199,7 @@ impl DataArgs {
         let request = Request {
             dir: &dir,
             source,
-            dataset,
+            examples: labelled.examples(),
             views: views.count,
             augment: Augment {
                 scale: [views.smallest, 1.0],
@@ -181,8 +246,99 @@ impl Views {
     };
 }
 
-/// What computes the states that `method` reads.
-pub fn source<'a>(method: &'a Method, backbone: &'a Backbone) -> Source<'a> {
+/// How a text encoder reads texts.
+#[derive(Args, Clone, Debug)]
+pub struct FormArgs {
+    /// Most tokens of a text, special ones included; longer texts are cut, from shorter ones nobody learns their length [default: 128]
+    #[arg(long, value_name = "N", requires = "task")]
+    pub tokens: Option<usize>,
+    /// What stands for a whole text [default: mean]
+    #[arg(long, value_enum, value_name = "WHAT", requires = "task")]
+    pub pooling: Option<PoolingArg>,
+}
+
+/// What stands for a whole text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PoolingArg {
+    /// The mean of its tokens' states, as in sentence encoders
+    Mean,
+    /// The state of the token that begins it
+    Class,
+}
+
+impl FormArgs {
+    fn form(&self, task: &Task) -> TextForm {
+        TextForm {
+            tokens: self.tokens.unwrap_or(128),
+            pooling: match self.pooling {
+                None | Some(PoolingArg::Mean) => Pooling::Mean,
+                Some(PoolingArg::Class) => Pooling::Class,
+            },
+            pairs: task.pairs(),
+        }
+    }
+}
+
+/// A public backbone.
+pub enum Base {
+    /// Of pictures.
+    Pictures(Backbone),
+    /// Of texts.
+    Texts(TextEncoder),
+}
+
+impl Base {
+    /// As what computes states.
+    pub fn source(&self) -> Source<'_> {
+        match self {
+            Base::Pictures(backbone) => Source::Backbone(backbone),
+            Base::Texts(encoder) => Source::Texts(encoder),
+        }
+    }
+}
+
+/// Labelled data as they were found.
+pub struct Labelled {
+    data: Data,
+    /// Pictures that were left out because they cannot be read.
+    pub skipped: usize,
+}
+
+enum Data {
+    Pictures(Dataset),
+    Texts(Texts),
+}
+
+impl Labelled {
+    /// For the cache.
+    pub fn examples(&self) -> Examples<'_> {
+        match &self.data {
+            Data::Pictures(dataset) => Examples::Pictures(dataset),
+            Data::Texts(texts) => Examples::Texts(texts),
+        }
+    }
+
+    /// What they are.
+    pub fn noun(&self) -> &'static str {
+        match self.data {
+            Data::Pictures(_) => "pictures",
+            Data::Texts(_) => "texts",
+        }
+    }
+
+    /// Refuses data of other classes; those of texts are their task's.
+    pub fn check_same_classes(&self, other: &Labelled) -> Result<()> {
+        match (&self.data, &other.data) {
+            (Data::Pictures(own), Data::Pictures(other)) => own
+                .check_same_classes(other)
+                .map_err(|e| Error::Input(format!("{e}; give the same classes to --data and --test"))),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// What computes the states that `method` reads, on this backbone.
+pub fn source<'a>(method: &'a Method, backbone: Source<'a>) -> Source<'a> {
     if let Method::Encoder(c) = method
         && let Tuning::MpcVit { preprocess } = &c.tuning
     {
@@ -191,15 +347,7 @@ pub fn source<'a>(method: &'a Method, backbone: &'a Backbone) -> Source<'a> {
             preprocess,
         };
     }
-    Source::Backbone(backbone)
-}
-
-/// The backbone of a source; none if pixels are read.
-pub fn backbone_of<'a>(source: Source<'a>) -> Option<&'a Backbone> {
-    match source {
-        Source::Backbone(backbone) => Some(backbone),
-        Source::Pixels { .. } => None,
-    }
+    backbone
 }
 
 /// What each of the methods reads, without repetitions.

@@ -13,13 +13,13 @@ use veiltune_adapt::search::{
 use veiltune_adapt::train::{Pictures, Task, best, train, train_until};
 use veiltune_hub::dataset::Split;
 use veiltune_nn::owc::Design;
-use veiltune_nn::{Backbone, Method, OwcConfig};
+use veiltune_nn::{Method, OwcConfig};
 use veiltune_wire::Network;
 
 use super::train::{Recipe, artefact};
 use super::{
-    Bar, DataArgs, all_reads, check_adapter, check_out, cost_of_one, interruptible, left, make, write,
-    write_adapter,
+    Bar, DataArgs, FormArgs, all_reads, check_adapter, check_out, cost_of_one, interruptible, left, make,
+    write, write_adapter,
 };
 use crate::report::print;
 use crate::{Error, Result};
@@ -34,6 +34,8 @@ const ADAPTER: &str = "adapter";
 pub struct SearchArgs {
     #[command(flatten)]
     data: DataArgs,
+    #[command(flatten)]
+    form: FormArgs,
     /// Folder for the journal, the candidates, the Pareto front, and the adapter that was found; a search that was interrupted
     /// goes on from what is there
     #[arg(long, value_name = "DIR")]
@@ -203,8 +205,10 @@ pub fn run(args: &SearchArgs) -> Result<()> {
         (None, None) => return Err(Error::Input("give --accuracy or --seconds".into())),
     };
     let interrupted = interruptible()?;
-    let backbone = args.data.open_backbone()?;
-    let (layers, width) = (backbone.config.num_hidden_layers, backbone.config.hidden_size);
+    let base = args.data.open_backbone(&args.form)?;
+    let source = base.source();
+    let views = args.recipe.views(source)?;
+    let (layers, width) = (source.layers().unwrap_or(0), source.width());
     let space = Space {
         heads: args.heads.clone(),
         ranks: args.ranks.clone(),
@@ -220,21 +224,18 @@ pub fn run(args: &SearchArgs) -> Result<()> {
     })?;
 
     // The test set is never opened: candidates are measured on a part of the training pictures.
-    let (pictures, skipped) = args.data.open(&args.data.data, Split::Train, "--data")?;
-    let labels = pictures.classes().to_vec();
+    let labelled = args.data.open(source, &args.data.data, Split::Train, "--data")?;
+    let labels = labelled.examples().classes().to_vec();
     let largest = candidates
         .iter()
         .max_by_key(|c| c.scope)
         .expect("a space has candidates");
-    let deepest = method(&backbone, largest, &labels)?;
+    let deepest = method(source, largest, &labels)?;
     let reads = all_reads(&[&deepest], layers)?;
     let seed = args.recipe.seed;
     // Every scope ends with the same state at the class token; a smaller one begins later.
-    let from = Source::Backbone(&backbone);
     make(&args.out)?;
-    let states = args
-        .data
-        .states(&pictures, from, &reads, args.recipe.views(), &interrupted)?;
+    let states = args.data.states(&labelled, source, &reads, views, &interrupted)?;
     let (learn, check) = states.split_validation(args.recipe.validation, seed);
     let recipe = args.recipe.settings(&deepest);
 
@@ -244,7 +245,7 @@ pub fn run(args: &SearchArgs) -> Result<()> {
         make(&out)?;
         let mut trainer = Trainer {
             args,
-            backbone: &backbone,
+            source,
             labels: &labels,
             states: &states,
             learn: &learn,
@@ -299,24 +300,19 @@ pub fn run(args: &SearchArgs) -> Result<()> {
     };
     let summary = Summary {
         network: args.network,
-        skipped,
+        skipped: labelled.skipped,
         found,
         comparison,
     };
     print(args.json, &summary, || summary.text())
 }
 
-fn method(backbone: &Backbone, c: &Candidate, labels: &[String]) -> Result<Method> {
+fn method(source: Source, c: &Candidate, labels: &[String]) -> Result<Method> {
     let design = Design {
         norm: c.norm,
         ..Design::new(c.heads, c.rank, c.scope)
     };
-    let config = OwcConfig::new(
-        &design,
-        backbone.config.hidden_size,
-        backbone.tokens(),
-        labels.to_vec(),
-    );
+    let config = OwcConfig::new(&design, source.width(), source.tokens(), labels.to_vec());
     let method = Method::Owc(config);
     method.check()?;
     Ok(method)
@@ -325,7 +321,7 @@ fn method(backbone: &Backbone, c: &Candidate, labels: &[String]) -> Result<Metho
 /// Trains and costs candidates.
 struct Trainer<'a> {
     args: &'a SearchArgs,
-    backbone: &'a Backbone,
+    source: Source<'a>,
     labels: &'a [String],
     states: &'a States,
     learn: &'a [usize],
@@ -336,12 +332,12 @@ struct Trainer<'a> {
 
 impl Trainer<'_> {
     fn method(&self, c: &Candidate) -> veiltune_adapt::Result<Method> {
-        method(self.backbone, c, self.labels).map_err(|e| veiltune_adapt::Error::Settings(e.to_string()))
+        method(self.source, c, self.labels).map_err(|e| veiltune_adapt::Error::Settings(e.to_string()))
     }
 
     /// Predicted seconds of one image's private part; ranges that training has yet to calibrate are presumed.
     fn seconds(&self, c: &Candidate, network: &Network) -> Result<f64> {
-        let mut method = method(self.backbone, c, self.labels)?;
+        let mut method = method(self.source, c, self.labels)?;
         method.presume();
         let (_, cost) = cost_of_one(&method, network)?;
         let macs = cost.macs[0].max(cost.macs[1]) as f64;
@@ -365,7 +361,7 @@ impl Trainer<'_> {
         })?;
         work(&Task {
             method: &method,
-            backbone: Some(self.backbone),
+            backbone: self.source.backbone(),
             train: Pictures {
                 states: self.states,
                 which: self.learn,
@@ -407,7 +403,7 @@ impl Trainer<'_> {
                 let trained = self.with_task(best, |task| train(task, &mut |_| {}, self.interrupted))?;
                 let dir = out.join(ADAPTER);
                 let name = self.args.data.backbone_name();
-                write_adapter(&dir, &artefact(trained, Some(self.backbone), name)?)?;
+                write_adapter(&dir, &artefact(trained, self.source, name)?)?;
                 Some(dir)
             }
             None => None,
@@ -454,10 +450,7 @@ impl Evaluate for Trainer<'_> {
 
     fn training_cost(&self, c: &Candidate) -> f64 {
         // Multiply-adds of a forward pass: projections down and up, and a block on all tokens.
-        let (n, d) = (
-            self.backbone.tokens() as f64,
-            self.backbone.config.hidden_size as f64,
-        );
+        let (n, d) = (self.source.tokens() as f64, self.source.width() as f64);
         let (r, s) = (c.rank as f64, c.scope as f64);
         s * (n * r * (2.0 * d + 6.0 * r) + 2.0 * n * n * r) / 1e9
     }

@@ -1,9 +1,10 @@
-//! `veiltune train`: from a backbone and labelled pictures to an adapter that can be served.
+//! `veiltune train`: from a backbone and labelled pictures or texts to an adapter that can be served.
 
 use std::path::PathBuf;
 
 use clap::Args;
 use serde::Serialize;
+use veiltune_adapt::cache::Source;
 use veiltune_adapt::evaluate::Arithmetic;
 use veiltune_adapt::train::{
     CURVE_FILE, Epoch, Pictures, Report, STATE_FILE, Settings, Task, Trained, train,
@@ -11,15 +12,15 @@ use veiltune_adapt::train::{
 use veiltune_engine::Comparison;
 use veiltune_hub::AdapterConfig;
 use veiltune_hub::dataset::Split;
+use veiltune_nn::Method;
 use veiltune_nn::load::Classifier;
-use veiltune_nn::{Backbone, Method};
 use veiltune_wire::Network;
 
 use super::{
-    Bar, DataArgs, Views, all_reads, backbone_of, check_adapter, check_out, cost_of_one, evaluate,
+    Bar, DataArgs, FormArgs, Views, all_reads, check_adapter, check_out, cost_of_one, evaluate,
     interruptible, left, make, source, write_adapter, write_json,
 };
-use crate::methods::MethodArgs;
+use crate::methods::{Ground, MethodArgs};
 use crate::report::{grouped, print};
 use crate::{Error, Result};
 
@@ -32,10 +33,12 @@ pub struct TrainArgs {
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
     #[command(flatten)]
+    form: FormArgs,
+    #[command(flatten)]
     method: MethodArgs,
     #[command(flatten)]
     recipe: Recipe,
-    /// Pictures of the same classes to measure on at the end; the same PATH as --data for its test part
+    /// Pictures or texts of the same classes to measure on at the end; of pictures the same PATH as --data for its test part
     #[arg(long, value_name = "PATH")]
     test: Option<PathBuf>,
     /// Print one JSON object to standard output instead of text
@@ -52,7 +55,7 @@ pub struct TrainArgs {
 /// How to train.
 #[derive(Args, Clone, Debug)]
 pub struct Recipe {
-    /// Passes over the pictures [default: 20; 60 for a head]
+    /// Passes over the pictures or texts [default: 20; 60 for a head]
     #[arg(long, value_name = "N")]
     pub epochs: Option<usize>,
     /// End after N epochs of which none is better on the validation pictures than the best before them [default: never]
@@ -60,15 +63,15 @@ pub struct Recipe {
     /// Whether or not training ends early, the adapter is that of the best epoch.
     #[arg(long, value_name = "N")]
     pub patience: Option<usize>,
-    /// Pictures that a step of training sees [default: 50; 256 for a head]
+    /// Pictures or texts that a step of training sees [default: 50; 256 for a head]
     #[arg(long, value_name = "N")]
     pub batch: Option<usize>,
     /// Peak learning rate [default: 0.01 by SGD; 0.005 by AdamW for a head]
     #[arg(long, value_name = "RATE")]
     pub rate: Option<f32>,
-    /// Views of each picture: the whole one, and N - 1 random crops, perhaps mirrored; epochs take turns
-    #[arg(long, default_value_t = 2, value_name = "N")]
-    pub views: usize,
+    /// Views of each picture: the whole one, and N - 1 random crops, perhaps mirrored; epochs take turns [default: 2; texts have one]
+    #[arg(long, value_name = "N")]
+    pub views: Option<usize>,
     /// Smallest share of a picture's area that a random crop shows; 1: only mirrored
     #[arg(long, default_value_t = 0.5, value_name = "SHARE")]
     pub crop_scale: f64,
@@ -90,7 +93,7 @@ impl Recipe {
         for (count, name) in [
             (self.epochs, "--epochs"),
             (self.batch, "--batch"),
-            (Some(self.views), "--views"),
+            (self.views, "--views"),
             (self.patience, "--patience"),
         ] {
             if count == Some(0) {
@@ -106,13 +109,20 @@ impl Recipe {
         Ok(())
     }
 
-    /// The views to train on.
-    pub fn views(&self) -> Views {
-        Views {
-            count: self.views,
+    /// The views of what `source` sees to train on.
+    pub fn views(&self, source: Source) -> Result<Views> {
+        let count = match (source, self.views) {
+            (Source::Texts(_), None | Some(1)) => 1,
+            (Source::Texts(_), Some(_)) => {
+                return Err(Error::Input("a text has one view; leave --views out".into()));
+            }
+            (_, views) => views.unwrap_or(2),
+        };
+        Ok(Views {
+            count,
             smallest: self.crop_scale,
             seed: self.seed,
-        }
+        })
     }
 
     /// For `method`: its own defaults where nothing is given.
@@ -132,6 +142,9 @@ impl Recipe {
 /// What came out.
 #[derive(Serialize)]
 struct Summary {
+    /// Pictures or texts.
+    #[serde(skip)]
+    noun: &'static str,
     adapter: PathBuf,
     learning_curve: PathBuf,
     backbone: String,
@@ -172,42 +185,37 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     check_out(&args.out)?;
     check_adapter(&args.out, &args.out.join(STATE_FILE))?;
     let interrupted = interruptible()?;
-    let backbone = args.data.open_backbone()?;
-    let (pictures, skipped) = args.data.open(&args.data.data, Split::Train, "--data")?;
+    let base = args.data.open_backbone(&args.form)?;
+    let base = base.source();
+    let views = args.recipe.views(base)?;
+    let labelled = args.data.open(base, &args.data.data, Split::Train, "--data")?;
     let tested = args
         .test
         .as_ref()
-        .map(|path| args.data.open(path, Split::Test, "--test"));
+        .map(|path| args.data.open(base, path, Split::Test, "--test"));
     let tested = tested.transpose()?;
-    if let Some((tested, _)) = &tested {
-        pictures
-            .check_same_classes(tested)
-            .map_err(|e| Error::Input(format!("{e}; give the same classes to --data and --test")))?;
-        if pictures.fingerprint() == tested.fingerprint() {
-            return Err(Error::Input(
-                "--test has the very pictures of --data; give others, or put these below train/ and test/"
-                    .into(),
-            ));
+    if let Some(tested) = &tested {
+        labelled.check_same_classes(tested)?;
+        if labelled.examples().fingerprint() == tested.examples().fingerprint() {
+            return Err(Error::Input(format!(
+                "--test has the very {} of --data; give others, or put pictures below train/ and test/",
+                labelled.noun()
+            )));
         }
     }
-    let layers = backbone.config.num_hidden_layers;
-    let labels = pictures.classes().to_vec();
-    let method = args
-        .method
-        .build(&backbone.config, backbone.variant, backbone.tokens(), labels)?;
+    let labels = labelled.examples().classes().to_vec();
+    let method = args.method.build(&Ground::of(base), labels)?;
     let settings = args.recipe.settings(&method);
-    let reads = all_reads(&[&method], layers)?;
+    let source = source(&method, base);
+    let reads = all_reads(&[&method], source.layers().unwrap_or(0))?;
     let seed = args.recipe.seed;
-    let source = source(&method, &backbone);
     make(&args.out)?;
-    let states = args
-        .data
-        .states(&pictures, source, &reads, args.recipe.views(), &interrupted)?;
+    let states = args.data.states(&labelled, source, &reads, views, &interrupted)?;
     let (learn, check) = states.split_validation(args.recipe.validation, seed);
 
     let task = Task {
         method: &method,
-        backbone: backbone_of(source),
+        backbone: source.backbone(),
         train: Pictures {
             states: &states,
             which: &learn,
@@ -238,14 +246,14 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     )?;
     drop(bar);
     let report = trained.report.clone();
-    let classifier = artefact(trained, backbone_of(source), args.data.backbone_name())?;
+    let classifier = artefact(trained, source, args.data.backbone_name())?;
     let mut test = None;
-    if let Some((tested, skipped)) = &tested {
+    if let Some(tested) = &tested {
         let float = Arithmetic::Float;
         let result = evaluate::measure(&args.data, &classifier, source, tested, float, &interrupted)?;
         test = Some(Test {
-            pictures: tested.len(),
-            skipped: *skipped,
+            pictures: tested.examples().len(),
+            skipped: tested.skipped,
             accuracy: result.accuracy,
             loss: result.loss,
         });
@@ -262,12 +270,13 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     })?;
     write_adapter(&args.out, &classifier)?;
     let summary = Summary {
+        noun: labelled.noun(),
         adapter: args.out.clone(),
         learning_curve: args.out.join(CURVE_FILE),
         backbone: args.data.backbone_name(),
         peft_type: classifier.config.method.peft_type(),
-        classes: pictures.classes().len(),
-        skipped,
+        classes: labelled.examples().classes().len(),
+        skipped: labelled.skipped,
         figures,
         comparison,
         rounds: cost.rounds,
@@ -277,13 +286,17 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     print(args.json, &summary, || summary.text())
 }
 
-/// An artefact that names its backbone, if the method has one.
-pub fn artefact(trained: Trained, backbone: Option<&Backbone>, name: String) -> Result<Classifier> {
-    let digest = backbone.map(Backbone::fingerprint).transpose()?;
+/// An artefact that names its backbone, if the method has one, and how that reads texts.
+pub fn artefact(trained: Trained, source: Source, name: String) -> Result<Classifier> {
+    let digest = source.fingerprint()?;
     Ok(Classifier {
         config: AdapterConfig {
-            base_model_name_or_path: backbone.map_or("none".into(), |_| name),
+            base_model_name_or_path: digest.map_or("none".into(), |_| name),
             base_model_sha256: digest.map(|d| d.iter().map(|b| format!("{b:02x}")).collect()),
+            text: match source {
+                Source::Texts(encoder) => Some(encoder.form()),
+                Source::Backbone(_) | Source::Pixels { .. } => None,
+            },
             method: trained.method,
         },
         weights: trained.tensors,
@@ -311,10 +324,11 @@ impl Summary {
         let report = &self.figures.report;
         let percent = |share: f64| format!("{:.2} %", 100.0 * share);
         let mut text = format!(
-            "{}: {} trained values, {} pictures in {} views, {:.0} s\naccuracy after epoch {} of {}: training {}",
+            "{}: {} trained values, {} {} in {} views, {:.0} s\naccuracy after epoch {} of {}: training {}",
             self.peft_type,
             grouped(report.parameters as u64),
             report.pictures,
+            self.noun,
             report.views,
             report.seconds,
             report.epoch,
@@ -325,10 +339,16 @@ impl Summary {
             text += &format!(", validation {}", percent(accuracy));
         }
         if let Some(test) = &self.figures.test {
-            text += &format!(", test {} of {} pictures", percent(test.accuracy), test.pictures);
+            text += &format!(
+                ", test {} of {} {}",
+                percent(test.accuracy),
+                test.pictures,
+                self.noun
+            );
         }
         text += &format!(
-            "\none private image: {} rounds, {} bytes from the client, {} from the provider (`veiltune plan` says more)\n",
+            "\none private {}: {} rounds, {} bytes from the client, {} from the provider (`veiltune plan` says more)\n",
+            if self.noun == "texts" { "text" } else { "image" },
             self.rounds,
             grouped(self.online_bytes[0]),
             grouped(self.online_bytes[1])

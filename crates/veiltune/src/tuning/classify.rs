@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use clap::Args;
 use serde::Serialize;
-use veiltune_hub::files;
 use veiltune_tune::{Artefact, Example, answer};
 use veiltune_wire::Network;
 
@@ -14,28 +13,35 @@ use super::owner::{self, Addresses, Encoded, Remote};
 use super::program::table_rows;
 use super::servers::{Role, Station};
 use super::tune::{Ground, comparison, find, new_run};
+use crate::inputs;
 use crate::report::{aligned, print};
 use crate::{Error, Result};
 
 /// What `veiltune classify` takes for texts.
 #[derive(Args, Debug)]
 pub struct TextArgs {
-    /// Texts, one a line (pairs with a tab between), to classify with a tuned prompt instead of images
-    #[arg(long, value_name = "FILE", requires_all = ["prompt", "servers", "assistant"])]
+    /// Texts, one a line (pairs with a tab between), to classify instead of images: with an adapter for texts, or with a --prompt
+    #[arg(long, value_name = "FILE")]
     pub text: Option<PathBuf>,
     /// Folder of the tuned prompt that `veiltune tune` wrote
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", requires_all = ["text", "servers", "assistant"])]
     pub prompt: Option<PathBuf>,
-    /// Addresses of server 0 and server 1, HOST:PORT,HOST:PORT
-    #[arg(long, value_name = "ADDR,ADDR", value_delimiter = ',', num_args = 1)]
+    /// Of a --prompt: addresses of server 0 and server 1, HOST:PORT,HOST:PORT
+    #[arg(
+        long,
+        value_name = "ADDR,ADDR",
+        value_delimiter = ',',
+        num_args = 1,
+        requires = "prompt"
+    )]
     pub servers: Vec<String>,
-    /// Address of the assistant, HOST:PORT
-    #[arg(long, value_name = "ADDR")]
+    /// Of a --prompt: address of the assistant, HOST:PORT
+    #[arg(long, value_name = "ADDR", requires = "prompt")]
     pub assistant: Option<String>,
-    /// Most tokens of a text, prompt and template included; longer ones are cut
+    /// Of a --prompt: most tokens of a text, prompt and template included; longer ones are cut
     #[arg(long, default_value_t = 128, value_name = "N")]
     pub tokens: usize,
-    /// Rows are as long as the longest, rounded up to a multiple of this
+    /// Of a --prompt: rows are as long as the longest, rounded up to a multiple of this
     #[arg(long, default_value_t = 8, value_name = "N")]
     pub bucket: usize,
 }
@@ -83,10 +89,13 @@ pub fn run(args: &TextArgs, keys: &std::path::Path, network: Network, wait: f64,
     let wait = Duration::try_from_secs_f64(wait).map_err(|e| Error::Input(format!("wait: {e}")))?;
     let station = Station::new(Role::DataOwner, keys, network, wait)?;
     let artefact = Artefact::read(dir).map_err(tune)?;
-    let bytes = files::read(file, 1 << 28)?;
-    let content = String::from_utf8(bytes)
-        .map_err(|_| Error::Input(format!("{}: not UTF-8; convert the file", file.display())))?;
-    let examples = examples(&content, artefact.task.pairs())?;
+    let lines = inputs::lines(file, artefact.task.pairs())?;
+    let example = |line: inputs::Line| Example {
+        text_a: line.first,
+        text_b: line.second,
+        label: 0,
+    };
+    let examples: Vec<Example> = lines.into_iter().map(example).collect();
     let start = std::time::Instant::now();
     let labelled = classify(
         &station,
@@ -128,31 +137,6 @@ pub fn run(args: &TextArgs, keys: &std::path::Path, network: Network, wait: f64,
             answer.bytes[1] as f64 / 1e6
         )
     })
-}
-
-fn examples(content: &str, pairs: bool) -> Result<Vec<Example>> {
-    let mut examples = Vec::new();
-    for (i, line) in content.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()) {
-        let (a, b) = match (pairs, line.split_once('\t')) {
-            (false, _) => (line, None),
-            (true, Some((a, b))) => (a, Some(b.to_owned())),
-            (true, None) => {
-                return Err(Error::Input(format!(
-                    "line {}: the prompt is for pairs of texts; put a tab between them",
-                    i + 1
-                )));
-            }
-        };
-        examples.push(Example {
-            text_a: a.to_owned(),
-            text_b: b,
-            label: 0,
-        });
-    }
-    match examples.is_empty() {
-        true => Err(Error::Input("there are no texts".into())),
-        false => Ok(examples),
-    }
 }
 
 /// What the data owner learns, and what it took.

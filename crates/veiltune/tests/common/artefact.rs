@@ -152,6 +152,7 @@ pub fn write(name: &str, backbone: &Backbone, pictures: &[impl AsRef<Path>], dir
                     .map(|b| format!("{b:02x}"))
                     .collect(),
             ),
+            text: None,
             method: method.clone(),
         },
         weights,
