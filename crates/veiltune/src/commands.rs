@@ -167,7 +167,7 @@ pub struct ClassifyArgs {
     #[command(flatten)]
     machine: Machine,
     /// Address of `veiltune serve`, HOST:PORT
-    #[arg(long, value_name = "ADDR", required_unless_present = "prompt")]
+    #[arg(long, value_name = "ADDR", required_unless_present = "text")]
     provider: Option<String>,
     #[command(flatten)]
     from: From,
@@ -308,6 +308,13 @@ pub fn classify(args: &ClassifyArgs) -> Result<()> {
         let Machine { keys, network, wait } = &args.machine;
         return crate::tuning::classify::run(&args.text, keys, *network, *wait, args.json);
     }
+    let Some(provider) = &args.provider else {
+        return Err(Error::Input(
+            "texts are classified with an adapter or with a prompt; give --provider the address of `veiltune serve`, or --prompt \
+             the folder that `veiltune tune` wrote"
+                .into(),
+        ));
+    };
     let from = args.from.given()?;
     let progress = Progress::new(args.json);
     let adapter = inputs::adapter_config(args.adapter_config.as_deref())?;
@@ -349,7 +356,7 @@ pub fn classify(args: &ClassifyArgs) -> Result<()> {
         batch,
         comparison: request.comparison,
         backbone: args.backbone.clone(),
-        provider: args.provider.clone().unwrap_or_default(),
+        provider: provider.clone(),
         material: from.material(Role::Client),
     };
     let config = args.machine.config(adapter, own);

@@ -35,9 +35,9 @@ use error::{Error, Result};
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Private classification: one side's images, another side's adapter, and neither sees the other's.
+/// Private classification: one side's images or texts, another side's adapter, and neither sees the other's.
 ///
-/// A public vision backbone runs in the clear where the images are. The adapter and the classification head, which belong to
+/// A public backbone runs in the clear where the images are. The adapter and the classification head, which belong to
 /// somebody else, run under secure computation between the two sides; only the side with the images learns the result. A
 /// third process, the dealer, supplies randomness and sees neither images, adapter nor result.
 #[derive(Parser)]
@@ -64,19 +64,19 @@ enum Command {
     /// compared, so it can be made long before.
     /// Each file goes to its own party, in secret: whoever holds both can see everything. A run removes what it uses.
     Deal(deal::DealArgs),
-    /// Train an adapter on labelled pictures, in the clear
+    /// Train an adapter on labelled pictures, or texts (--task), in the clear
     ///
     /// The backbone's hidden states are computed once and kept in a cache, so that training takes minutes. An interrupted run goes
     /// on where it stopped when the same command is given again.
     Train(learn::train::TrainArgs),
     /// Search for an adapter that is accurate enough and cheap enough, training as few as possible
     ///
-    /// Candidates are measured on a part of the training pictures; the test pictures are never read. Writes the adapter that was
+    /// Candidates are measured on a part of the training pictures or texts; the test pictures are never read. Writes the adapter that was
     /// found, and the Pareto front of accuracy against seconds as tables and a plot. Can be interrupted and resumed.
     Search(learn::search::SearchArgs),
     /// Measure how often a trained adapter is right, in floating point or in the protocols' fixed point
     ///
-    /// On the test part of the pictures, or on all of them where nothing tells training pictures from test pictures.
+    /// On the test part of the pictures, or on all of them where nothing tells training pictures from test pictures; on all texts.
     Evaluate(learn::evaluate::EvaluateArgs),
     /// Take over a LoRA that was trained with the PEFT library, so that it can be evaluated, planned and served
     ///
@@ -97,10 +97,10 @@ enum Command {
     ///
     /// Learns nothing of the images or of their labels. A client that fails or vanishes ends its own session only.
     Serve(commands::ServeArgs),
-    /// Classify images with an adapter that another machine serves, or texts with a tuned prompt
+    /// Classify images or texts with an adapter that another machine serves, or texts with a tuned prompt
     ///
-    /// The backbone of images runs here, in the clear; texts (--text) go in shares to the two servers of `veiltune tune`. Only this
-    /// machine learns the labels.
+    /// The adapter's backbone runs here, in the clear; with a --prompt, texts (--text) go in shares to the two servers of
+    /// `veiltune tune`. Only this machine learns the labels.
     Classify(commands::ClassifyArgs),
     /// Share a language model between two servers, so that others can tune prompts on it and nobody sees it
     ///

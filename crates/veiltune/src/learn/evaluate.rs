@@ -31,7 +31,7 @@ pub struct EvaluateArgs {
     arithmetic: ArithmeticArg,
     /// Print one JSON object to standard output instead of text
     ///
-    /// Its members: adapter, backbone, arithmetic, pictures, skipped (unreadable ones), accuracy (0 to 1), loss (mean
+    /// Its members: adapter, backbone, arithmetic, pictures (or texts), skipped (unreadable ones), accuracy (0 to 1), loss (mean
     /// cross-entropy), beyond_range (pictures that leave a calibrated range so far that they have no result; they count as wrong).
     #[arg(long)]
     json: bool,

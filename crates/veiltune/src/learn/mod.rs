@@ -81,13 +81,13 @@ impl DataArgs {
     pub fn open_backbone(&self, form: &FormArgs) -> Result<Base> {
         let name = self.backbone.as_deref();
         Ok(match self.task()? {
-            Some(task) => Base::Texts(inputs::encoder(name, form.form(&task))?),
-            None => Base::Pictures(inputs::backbone(name)?),
+            Some(task) => Base::Texts(Box::new(inputs::encoder(name, form.form(&task))?)),
+            None => Base::Pictures(Box::new(inputs::backbone(name)?)),
         })
     }
 
     fn task(&self) -> Result<Option<Task>> {
-        let named = |name: &String| Task::named(name).map_err(|e| Error::Input(format!("{e}; --task")));
+        let named = |name: &String| Task::named(name).map_err(|e| Error::Input(format!("--task: {e}")));
         self.task.as_ref().map(named).transpose()
     }
 
@@ -282,9 +282,9 @@ impl FormArgs {
 /// A public backbone.
 pub enum Base {
     /// Of pictures.
-    Pictures(Backbone),
+    Pictures(Box<Backbone>),
     /// Of texts.
-    Texts(TextEncoder),
+    Texts(Box<TextEncoder>),
 }
 
 impl Base {

@@ -44,7 +44,7 @@ pub struct TrainArgs {
     /// Print one JSON object to standard output instead of text
     ///
     /// Its members: adapter and learning_curve (paths), backbone, peft_type, classes, skipped (unreadable pictures), settings,
-    /// parameters (trained values), pictures, views, epoch (whose parameters are kept, from 1), train_accuracy,
+    /// parameters (trained values), pictures (or texts), views, epoch (whose parameters are kept, from 1), train_accuracy,
     /// validation_accuracy, seconds, curve [{train_loss, train_accuracy, validation_loss, validation_accuracy, seconds}, one an
     /// epoch], test {pictures, skipped, accuracy, loss}; and of one private image, exactly: comparison, rounds, online_bytes
     /// [client to provider, provider to client], dealer_bytes [to client, to provider]. Accuracies are 0 to 1.
