@@ -486,6 +486,8 @@ fn what_makes_no_sense_is_refused_before_anything_is_done() {
         ("none", &["--views", "0"], &["--views"]),
         ("none", &["--patience", "0"], &["--patience"]),
         ("none", &["--crop-scale", "0"], &["--crop-scale", "at most 1"]),
+        ("none", &["--decay", "NaN"], &["--decay"]),
+        ("none", &["--dropout", "1"], &["--dropout", "below 1"]),
         ("none", &["--scope", "5"], &["scope", "--scope"]),
         ("none", &["--rank", "7"], &["rank", "--rank"]),
         (

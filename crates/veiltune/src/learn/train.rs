@@ -69,6 +69,12 @@ pub struct Recipe {
     /// Peak learning rate [default: 0.01 by SGD; 0.005 by AdamW for a head]
     #[arg(long, value_name = "RATE")]
     pub rate: Option<f32>,
+    /// Weight decay, of matrices alone [default: 0.0005; 0.0001 for a head]
+    #[arg(long, value_name = "DECAY")]
+    pub decay: Option<f32>,
+    /// Probability with which a feature of what an adapter adds is left out in training [default: 0.1]
+    #[arg(long, value_name = "P")]
+    pub dropout: Option<f32>,
     /// Views of each picture: the whole one, and N - 1 random crops, perhaps mirrored; epochs take turns [default: 2; texts have one]
     #[arg(long, value_name = "N")]
     pub views: Option<usize>,
@@ -103,6 +109,12 @@ impl Recipe {
         if self.rate.is_some_and(|r| !(r > 0.0 && r.is_finite())) {
             return refuse("--rate must be a positive number");
         }
+        if self.decay.is_some_and(|d| !(d >= 0.0 && d.is_finite())) {
+            return refuse("--decay must be 0 or a positive number");
+        }
+        if self.dropout.is_some_and(|p| !(0.0..1.0).contains(&p)) {
+            return refuse("--dropout must be at least 0 and below 1");
+        }
         if !(self.crop_scale > 0.0 && self.crop_scale <= 1.0) {
             return refuse("--crop-scale must be above 0 and at most 1");
         }
@@ -132,6 +144,8 @@ impl Recipe {
             epochs: self.epochs.unwrap_or(own.epochs),
             batch: self.batch.unwrap_or(own.batch),
             rate: self.rate.unwrap_or(own.rate),
+            decay: self.decay.unwrap_or(own.decay),
+            dropout: self.dropout.unwrap_or(own.dropout),
             patience: self.patience.unwrap_or(own.patience),
             seed: self.seed,
             ..own
