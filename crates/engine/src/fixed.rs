@@ -16,10 +16,12 @@ use crate::gates::{self, Gates, Local, Meta, Product, SCALE};
 use crate::offline::low_bits;
 use crate::opening::{BOTH, GateId, Learners, Opening, PARAMETER_GATES, holds};
 use crate::protocols::{
-    self, carried,
+    self,
+    carried::{self, Traced},
     coarse_max::{self, CoarseMax},
     compare::Want,
     lines::{self, Lines},
+    trigonometric::{self, Form},
     truncate::Mode,
 };
 use crate::series::Series;
@@ -40,8 +42,8 @@ struct Inner {
     meta: Meta,
     value: Ring,
     cell: RefCell<(Opening, Option<Ring>)>,
-    /// Bits of the carries of a value that is known up to dealt values; see [`carried`].
-    carried: Option<Vec<u32>>,
+    /// Of a value that is known up to dealt values; see [`carried`].
+    carried: Option<Rc<Traced>>,
 }
 
 impl Fixed {
@@ -76,7 +78,12 @@ impl Fixed {
     }
 
     /// A new tensor that is known up to dealt values, if `carried`.
-    pub(crate) fn carrying(&self, meta: Meta, value: Ring, carried: Option<Vec<u32>>) -> FixedTensor {
+    pub(crate) fn carrying(&self, meta: Meta, value: Ring, carried: Option<Traced>) -> FixedTensor {
+        self.with_carried(meta, value, carried.map(Rc::new))
+    }
+
+    fn with_carried(&self, meta: Meta, value: Ring, carried: Option<Rc<Traced>>) -> FixedTensor {
+        debug_assert!(gates::are_multiples(&value, meta.zeros));
         let opening = Opening::new(meta.owner);
         FixedTensor(Rc::new(Inner {
             meta,
@@ -86,9 +93,14 @@ impl Fixed {
         }))
     }
 
-    /// Bits of the carries of `x`, if it was truncated to have them.
-    pub(crate) fn carried<'a>(&self, x: &'a FixedTensor) -> Option<&'a [u32]> {
-        x.0.carried.as_deref()
+    /// How `x` is known up to dealt values, if it was truncated to be.
+    pub(crate) fn carried(&self, x: &FixedTensor) -> Option<Rc<Traced>> {
+        x.0.carried.clone()
+    }
+
+    /// The first party's shares of `n` values of `bits` bits that a gate deals.
+    pub(crate) fn first_of_dealt(&self, stream: (GateId, u16), n: usize, bits: u32) -> Vec<u64> {
+        Prg::new(&self.seeds[0], stream.0, stream.1).bits(n, bits)
     }
 
     pub(crate) fn gate(&self) -> GateId {
@@ -123,7 +135,8 @@ impl Fixed {
             let mut mask = Ring::zeros(x.0.meta.dims.clone());
             for i in 0..2 {
                 if holds(x.0.meta.owner, i) {
-                    mask.add_assign(&Prg::new(&self.seeds[i], id, 0).ring(x.0.meta.dims.clone()))?;
+                    let part = Prg::new(&self.seeds[i], id, 0).ring(x.0.meta.dims.clone());
+                    mask.add_assign(&gates::floor_to(part, x.0.meta.zeros))?;
                 }
             }
             cell.1 = Some(mask);
@@ -170,6 +183,7 @@ impl Gates for Fixed {
             dims: dims.to_vec(),
             scale: SCALE,
             owner,
+            zeros: 0,
         };
         let values = values.ok_or_else(|| gates::missing("input", owner))?;
         Ok(self.tensor(meta, gates::encode("input", dims, values)?))
@@ -186,7 +200,9 @@ impl Gates for Fixed {
     }
 
     fn local(&self, x: &FixedTensor, map: &Local) -> Result<FixedTensor> {
-        let out = self.tensor(map.meta(&x.0.meta)?, map.apply(&x.0.value)?);
+        // The same ring elements are known in the same way.
+        let carried = x.0.carried.clone().filter(|_| matches!(map, Local::Relabel(_)));
+        let out = self.with_carried(map.meta(&x.0.meta)?, map.apply(&x.0.value)?, carried);
         let from = x.0.cell.borrow();
         if from.0.id.is_some() {
             let mask = from.1.as_ref().map(|m| map.apply(m)).transpose()?;
@@ -205,12 +221,12 @@ impl Gates for Fixed {
     fn sum_of(&self, a: &FixedTensor, b: &FixedTensor, subtract: bool) -> Result<FixedTensor> {
         let meta = gates::sum_meta(&a.0.meta, &b.0.meta)?;
         let (x, y) = (&a.0.value, &b.0.value);
-        let carried = carried::fixed_sum(self, a, b);
+        let carried = carried::fixed_sum(self, a, b, subtract)?;
         Ok(self.carrying(meta, if subtract { x.sub(y)? } else { x.add(y)? }, carried))
     }
 
     fn add_constant(&self, x: &FixedTensor, c: u64) -> Result<FixedTensor> {
-        let out = self.tensor(x.0.meta.clone(), x.0.value.add_scalar(c));
+        let out = self.tensor(gates::shifted_meta(&x.0.meta, c), x.0.value.add_scalar(c));
         let from = x.0.cell.borrow();
         if from.0.is_full() {
             *out.0.cell.borrow_mut() = from.clone();
@@ -244,8 +260,8 @@ impl Gates for Fixed {
         carried::fixed_square_sum(self, x)
     }
 
-    fn series_of(&self, x: &FixedTensor, all: &[Arc<Series>]) -> Result<Vec<FixedTensor>> {
-        protocols::trigonometric::fixed(self, x, all)
+    fn series_of(&self, x: &FixedTensor, all: &[Arc<Series>], form: Form) -> Result<Vec<FixedTensor>> {
+        trigonometric::fixed(self, x, all, form)
     }
 
     fn positive_part(&self, x: &FixedTensor, cut: u32) -> Result<FixedTensor> {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use veiltune_ring::Ring;
 
-use crate::protocols::{coarse_max::CoarseMax, lines::Lines};
+use crate::protocols::{coarse_max::CoarseMax, lines::Lines, trigonometric::Form};
 use crate::series::Series;
 use crate::{Error, Owner, Party, Result, Revealed};
 
@@ -28,6 +28,9 @@ pub struct Meta {
     pub scale: u32,
     /// Who knows it.
     pub owner: Owner,
+    /// The ring element, each of its shares, and each mask it is opened with, are multiples of 2^zeros: an opening takes the
+    /// other bits alone.
+    pub zeros: u32,
 }
 
 impl Meta {
@@ -40,7 +43,15 @@ impl Meta {
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
+
+    /// Bits of an element that are not always zero: what travels when it is opened, and when shares of it are dealt.
+    pub fn bits(&self) -> u32 {
+        64 - self.zeros
+    }
 }
+
+/// Most zeros that are kept count of.
+const MAX_ZEROS: u32 = 63;
 
 /// A local linear map of one tensor. It commutes with masking, so that an opening survives it.
 #[derive(Clone, Debug)]
@@ -111,8 +122,11 @@ impl Local {
                 check_dim("sum", &x.dims, *dim)?;
                 out.dims[*dim] = 1;
             }
-            Local::Times(_) => {}
-            Local::Refine(bits) => out.scale += bits,
+            Local::Times(k) => out.zeros = (x.zeros + k.trailing_zeros()).min(MAX_ZEROS),
+            Local::Refine(bits) => {
+                out.scale += bits;
+                out.zeros = (x.zeros + bits).min(MAX_ZEROS);
+            }
             Local::Relabel(scale) => out.scale = *scale,
         }
         Ok(out)
@@ -213,11 +227,11 @@ pub trait Gates {
     fn is_carried(&self, x: &Self::T) -> bool;
     /// Sum of squares over the last dimension, kept with length 1. Scales add up.
     fn square_sum(&self, x: &Self::T) -> Result<Self::T>;
-    /// Trigonometric series of one period, and of as many harmonics; each result at its `series.scale()`.
-    fn series_of(&self, x: &Self::T, all: &[Arc<Series>]) -> Result<Vec<Self::T>>;
+    /// Trigonometric series of one period, and of as many harmonics.
+    fn series_of(&self, x: &Self::T, all: &[Arc<Series>], form: Form) -> Result<Vec<Self::T>>;
     /// One of them.
-    fn series(&self, x: &Self::T, series: &Arc<Series>) -> Result<Self::T> {
-        Ok(self.series_of(x, std::slice::from_ref(series))?.remove(0))
+    fn series(&self, x: &Self::T, series: &Arc<Series>, form: Form) -> Result<Self::T> {
+        Ok(self.series_of(x, std::slice::from_ref(series), form)?.remove(0))
     }
     /// max(x, 0) / 2^cut for |x| < 2^[`VALUE_BITS`], the scale reduced by `cut` and rounded as by `truncate`.
     fn positive_part(&self, x: &Self::T, cut: u32) -> Result<Self::T>;
@@ -279,6 +293,7 @@ pub(crate) fn concat_meta(xs: &[&Meta], dim: usize) -> Result<Meta> {
             ));
         }
         out.dims[dim] += x.dims[dim];
+        out.zeros = out.zeros.min(x.zeros);
         out.owner = if out.owner == x.owner {
             out.owner
         } else {
@@ -300,6 +315,7 @@ pub(crate) fn sum_meta(a: &Meta, b: &Meta) -> Result<Meta> {
         dims: veiltune_ring::broadcast_shape(&a.dims, &b.dims)?,
         scale: a.scale,
         owner: joint_owner(a.owner, b.owner),
+        zeros: a.zeros.min(b.zeros),
     })
 }
 
@@ -316,7 +332,29 @@ pub(crate) fn product_meta(kind: Product, a: &Meta, b: &Meta) -> Result<Meta> {
         dims: kind.dims(&a.dims, &b.dims)?,
         scale,
         owner: joint_owner(a.owner, b.owner),
+        zeros: (a.zeros + b.zeros).min(MAX_ZEROS),
     })
+}
+
+/// Meta data of x + c.
+pub(crate) fn shifted_meta(x: &Meta, c: u64) -> Meta {
+    Meta {
+        zeros: x.zeros.min(c.trailing_zeros()),
+        ..x.clone()
+    }
+}
+
+/// The multiple of 2^zeros just below each element.
+pub(crate) fn floor_to(mut x: Ring, zeros: u32) -> Ring {
+    if zeros > 0 {
+        x.make_mut().iter_mut().for_each(|v| *v &= u64::MAX << zeros);
+    }
+    x
+}
+
+/// Whether all elements are multiples of 2^zeros.
+pub(crate) fn are_multiples(x: &Ring, zeros: u32) -> bool {
+    x.as_slice().iter().all(|v| v.trailing_zeros() >= zeros)
 }
 
 /// Whether a parameter is opened when the session is set up: matrices are, vectors (biases, gains) only if a product

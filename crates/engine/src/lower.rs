@@ -6,14 +6,23 @@
 //! bits, which a normalisation, a GELU or a ReLU of a product all meet. A value of scale s must stay below
 //! 2^(62 - s); the fixed-point interpreter asserts it.
 //!
+//! What is good for fewer bits than its scale has is a multiple of a power of two ([`Meta::zeros`](crate::gates::Meta::zeros)): a
+//! norm, an activation of a linear layer and random features give 16 fractional bits and zeros below. They are not sent, neither of
+//! these values nor of the products in which they are factors.
+//!
 //! Composed protocols have their own files: [`activation`], [`softmax`], [`normalize`], [`argmax`], and
 //! [`inverse`](crate::protocols::inverse) below the two normalising ones.
 
 use crate::backend::{Activation, Backend, NormSpec, Owner, Party, Range, Revealed, SoftmaxSpec};
-use crate::gates::{Gates, Local, MAX_SCALE, Product, SCALE};
-use crate::protocols::{activation, argmax, carried, inverse, normalize, softmax};
+use crate::gates::{Gates, LIMIT_BITS, Local, MAX_SCALE, Product, SCALE};
+use crate::protocols::{activation, argmax, carried, inverse, normalize, softmax, trigonometric::Form};
 use crate::series::Series;
 use crate::{Error, Result};
+
+/// Fractional bits of sines and cosines of turns.
+const FEATURE_BITS: u32 = 14;
+/// A value may be divided by a power of two, which costs nothing, until it has as many fractional bits.
+const FINEST: u32 = LIMIT_BITS - 2;
 
 impl<G: Gates> Backend for G {
     type Tensor = G::T;
@@ -87,9 +96,7 @@ impl<G: Gates> Backend for G {
     fn scale(&self, x: &G::T, c: f64) -> Result<G::T> {
         let scale = self.meta(x).scale;
         let exponent = c.abs().log2();
-        if exponent.fract() == 0.0
-            && (0..=i64::from(MAX_SCALE)).contains(&(i64::from(scale) - exponent as i64))
-        {
+        if exponent.fract() == 0.0 && (0..i64::from(FINEST)).contains(&(i64::from(scale) - exponent as i64)) {
             let x = self.local(x, &Local::Relabel((i64::from(scale) - exponent as i64) as u32))?;
             return if c < 0.0 {
                 self.local(&x, &Local::Times(-1))
@@ -165,7 +172,7 @@ impl<G: Gates> Backend for G {
     }
 
     fn turns(&self, x: &G::T) -> Result<[G::T; 2]> {
-        let mut both = self.series_of(x, &Series::turns())?;
+        let mut both = self.series_of(x, &Series::turns(), Form::Rounded(FEATURE_BITS))?;
         let cos = both.remove(1);
         Ok([both.remove(0), cos])
     }

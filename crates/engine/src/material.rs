@@ -8,8 +8,8 @@ use std::sync::{Arc, Condvar, Mutex, mpsc};
 
 use sha2::{Digest, Sha256};
 use veiltune_ring::Ring;
-use veiltune_ring::prg::Seed;
-use veiltune_wire::Link;
+use veiltune_ring::prg::{Prg, Seed};
+use veiltune_wire::{Link, pack};
 
 use crate::opening::GateId;
 use crate::{Error, Party, Result};
@@ -331,8 +331,39 @@ pub(crate) struct Material {
     pub gate: GateId,
     /// Shares of correlated values, in the order in which the gate asked for them.
     pub words: VecDeque<Vec<u64>>,
+    /// As `words`, of values so many that they are expanded only where they are used.
+    pub dealt: VecDeque<Dealt>,
     /// Function-secret-sharing keys: this party's roots, and the correction words.
     pub keys: VecDeque<(Vec<u128>, Vec<u8>)>,
+}
+
+/// A party's shares of many dealt values of so many bits, as short as they come.
+pub(crate) enum Dealt {
+    /// The first party's.
+    Stream(Prg, u32),
+    /// The second party's.
+    Packed(Vec<u8>, u32),
+    /// As they are, for the fixed-point interpreter.
+    Words(Vec<u64>),
+}
+
+impl Dealt {
+    /// Those from `first`, a multiple of 16, on.
+    pub fn read(&self, first: usize, out: &mut [u64]) {
+        match self {
+            Dealt::Stream(prg, bits) => {
+                let mut prg = prg.clone();
+                prg.skip_bits(first as u64, *bits);
+                prg.fill_bits(out, *bits);
+            }
+            Dealt::Packed(bytes, bits) => {
+                let bytes = &bytes[pack::packed_len(first, *bits)..][..pack::packed_len(out.len(), *bits)];
+                let n = out.len();
+                pack::unpack(bytes, n, *bits, out).expect("the lengths agree");
+            }
+            Dealt::Words(words) => out.copy_from_slice(&words[first..first + out.len()]),
+        }
+    }
 }
 
 /// The party's preparing walk hands material to its online walk through this queue.

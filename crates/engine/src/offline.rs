@@ -18,7 +18,7 @@ use veiltune_wire::pack;
 
 use crate::cost::{GATES, Memory, Operation, Tally};
 use crate::gates::{self, Gates, Local, Meta, Product, SCALE};
-use crate::material::{Material, ParameterStore, Queue, Sink, Source};
+use crate::material::{Dealt, Material, ParameterStore, Queue, Sink, Source};
 use crate::opening::{BOTH, GateId, Learners, Opening, PARAMETER_GATES, holds};
 use crate::protocols::{
     self,
@@ -26,6 +26,7 @@ use crate::protocols::{
     coarse_max::{self, CoarseMax},
     compare::{Comparison, Want},
     lines::{self, Lines},
+    trigonometric::{self, Form},
     truncate::Mode,
 };
 use crate::series::Series;
@@ -49,6 +50,9 @@ pub struct Offline {
 
 /// Keys that are generated and sent at a time: they stay in the cache. A multiple of 64, so that packed bits align.
 const KEY_BATCH: usize = 4096;
+
+/// Values that are dealt at a time: they stay in the cache. A multiple of 64.
+const DEAL_BATCH: usize = 1 << 14;
 
 enum Role {
     Count,
@@ -337,7 +341,10 @@ impl Offline {
     /// The mask of party `i` under `id`, where it holds one and this role knows it.
     fn draw(&self, id: GateId, meta: &Meta, i: usize) -> Option<Ring> {
         let seed = holds(meta.owner, i).then(|| self.seed_of(i)).flatten()?;
-        Some(Prg::new(seed, id, 0).ring(meta.dims.clone()))
+        Some(gates::floor_to(
+            Prg::new(seed, id, 0).ring(meta.dims.clone()),
+            meta.zeros,
+        ))
     }
 
     /// The masked value of a session-long parameter, at a party that knows it.
@@ -378,8 +385,9 @@ impl Offline {
                 self.next_gate.set(id + 1);
                 id
             });
+            let size = pack::packed_len(x.0.meta.len(), x.0.meta.bits()) as u64;
             for i in 0..2 {
-                bytes[i] += if sends[i] { 8 * x.0.meta.len() as u64 } else { 0 };
+                bytes[i] += if sends[i] { size } else { 0 };
             }
         }
         self.exchanged("open", bytes);
@@ -486,6 +494,39 @@ impl Offline {
         self.correct(operation, stream, n, bits, values, u64::wrapping_sub)
     }
 
+    /// As [`Offline::correlate`], of values of `meta`, whose zeros do not travel.
+    pub(crate) fn correlate_as(
+        &self,
+        operation: Operation,
+        stream: (GateId, u16),
+        meta: &Meta,
+        values: impl FnOnce() -> Result<Vec<u64>>,
+    ) -> Result<Option<Vec<u64>>> {
+        let dealt = self.correlate(operation, stream, meta.len(), meta.bits(), || {
+            let mut values = values()?;
+            values.iter_mut().for_each(|v| *v >>= meta.zeros);
+            Ok(values)
+        })?;
+        Ok(dealt.map(|mut words| {
+            words.iter_mut().for_each(|w| *w <<= meta.zeros);
+            words
+        }))
+    }
+
+    /// As [`Offline::correlate_as`], straight into the gate's material.
+    pub(crate) fn deal_as(
+        &self,
+        operation: Operation,
+        stream: (GateId, u16),
+        meta: &Meta,
+        values: impl FnOnce() -> Result<Vec<u64>>,
+    ) -> Result<()> {
+        if let Some(words) = self.correlate_as(operation, stream, meta, values)? {
+            self.put(words);
+        }
+        Ok(())
+    }
+
     /// Deals shares by xor of `words` words of bits, straight into the gate's material.
     pub(crate) fn deal_bits(
         &self,
@@ -520,11 +561,15 @@ impl Offline {
             Role::Dealer { seeds, sinks } => {
                 let mut values = values()?;
                 debug_assert_eq!(values.len(), n);
-                let first = Prg::new(&seeds[0], gate, slot).bits(n, bits);
-                for (v, a) in values.iter_mut().zip(first) {
-                    *v = less(*v, a) & low_bits(bits);
+                let (mut prg, mut first) = (Prg::new(&seeds[0], gate, slot), vec![0; n.min(DEAL_BATCH)]);
+                for values in values.chunks_mut(DEAL_BATCH) {
+                    let first = &mut first[..values.len()];
+                    prg.fill_bits(first, bits);
+                    for (v, a) in values.iter_mut().zip(first) {
+                        *v = less(*v, *a) & low_bits(bits);
+                    }
+                    sinks.borrow_mut()[1].put(&pack::pack(values, bits))?;
                 }
-                sinks.borrow_mut()[1].put(&pack::pack(&values, bits))?;
                 Ok(None)
             }
             Role::Party {
@@ -537,10 +582,14 @@ impl Offline {
                 source,
                 ..
             } => {
-                let mut packed = vec![0; bytes];
-                source.borrow_mut().take(&mut packed)?;
+                let mut packed = vec![0; pack::packed_len(n.min(DEAL_BATCH), bits)];
                 let mut words = vec![0; n];
-                pack::unpack(&packed, n, bits, &mut words)?;
+                for words in words.chunks_mut(DEAL_BATCH) {
+                    let packed = &mut packed[..pack::packed_len(words.len(), bits)];
+                    source.borrow_mut().take(packed)?;
+                    let n = words.len();
+                    pack::unpack(packed, n, bits, words)?;
+                }
                 Ok(Some(words))
             }
         }
@@ -557,6 +606,56 @@ impl Offline {
     ) -> Result<()> {
         if let Some(words) = self.correlate(operation, stream, n, bits, values)? {
             self.put(words);
+        }
+        Ok(())
+    }
+
+    /// As [`Offline::deal`], of `each` values for each of `n` masks: made a `batch` of masks at a time, and expanded where they are
+    /// used. `each * batch` is a multiple of 16.
+    pub(crate) fn deal_many(
+        &self,
+        operation: Operation,
+        (gate, slot): (GateId, u16),
+        (n, each, batch): (usize, usize, usize),
+        bits: u32,
+        values: impl Fn(Range<usize>) -> Vec<u64>,
+    ) -> Result<()> {
+        self.claim((gate, slot));
+        let bytes = pack::packed_len(n * each, bits);
+        self.gate_bytes.set(self.gate_bytes.get() + bytes as u64);
+        self.live.deal(8 * (each * batch.min(n)) as u64);
+        self.tally.borrow_mut().dealt(operation, [0, bytes as u64]);
+        match &self.role {
+            Role::Count => {}
+            Role::Dealer { seeds, sinks } => {
+                let (mut prg, mut first) = (Prg::new(&seeds[0], gate, slot), vec![0; each * batch.min(n)]);
+                for start in (0..n).step_by(batch.max(1)) {
+                    let mut values = values(start..n.min(start + batch));
+                    let first = &mut first[..values.len()];
+                    prg.fill_bits(first, bits);
+                    for (v, a) in values.iter_mut().zip(first) {
+                        *v = v.wrapping_sub(*a);
+                    }
+                    sinks.borrow_mut()[1].put(&pack::pack(&values, bits))?;
+                }
+            }
+            Role::Party {
+                party, seed, source, ..
+            } => {
+                let dealt = match party {
+                    Party::P0 => Dealt::Stream(Prg::new(seed, gate, slot), bits),
+                    Party::P1 => {
+                        let mut packed = vec![0; bytes];
+                        // In the pieces in which it is put.
+                        let piece = pack::packed_len(each * batch, bits);
+                        for piece in packed.chunks_mut(piece.max(1)) {
+                            source.borrow_mut().take(piece)?;
+                        }
+                        Dealt::Packed(packed, bits)
+                    }
+                };
+                self.material.borrow_mut().dealt.push_back(dealt);
+            }
         }
         Ok(())
     }
@@ -642,6 +741,7 @@ impl Gates for Offline {
             dims: dims.to_vec(),
             scale: SCALE,
             owner,
+            zeros: 0,
         };
         self.record_meta("input", &meta);
         if owner == Owner::Shared {
@@ -655,6 +755,7 @@ impl Gates for Offline {
             dims: dims.to_vec(),
             scale: SCALE,
             owner,
+            zeros: 0,
         };
         self.record_meta("parameter", &meta);
         if owner == Owner::Shared {
@@ -690,6 +791,10 @@ impl Gates for Offline {
         self.record("local", format!("{map:?}").as_bytes());
         let out = self.tensor(map.meta(&x.0.meta)?);
         let from = x.0.cell.borrow();
+        if let Local::Relabel(_) = map {
+            // The same ring elements are known in the same way.
+            out.0.cell.borrow_mut().carried = from.carried.clone();
+        }
         if from.opening.id.is_some() {
             let mut cell = out.0.cell.borrow_mut();
             cell.opening = from.opening.clone();
@@ -720,7 +825,7 @@ impl Gates for Offline {
     fn add_constant(&self, x: &OffTensor, c: u64) -> Result<OffTensor> {
         self.record("add_constant", &c.to_le_bytes());
         // The mask stays, the masked value moves by the constant.
-        let out = self.tensor(x.0.meta.clone());
+        let out = self.tensor(gates::shifted_meta(&x.0.meta, c));
         let from = x.0.cell.borrow();
         if from.opening.is_full() {
             let mut cell = out.0.cell.borrow_mut();
@@ -758,8 +863,8 @@ impl Gates for Offline {
         carried::offline_square_sum(self, x)
     }
 
-    fn series_of(&self, x: &OffTensor, all: &[Arc<Series>]) -> Result<Vec<OffTensor>> {
-        protocols::trigonometric::offline(self, x, all)
+    fn series_of(&self, x: &OffTensor, all: &[Arc<Series>], form: Form) -> Result<Vec<OffTensor>> {
+        trigonometric::offline(self, x, all, form)
     }
 
     fn positive_part(&self, x: &OffTensor, cut: u32) -> Result<OffTensor> {

@@ -19,6 +19,7 @@ use crate::protocols::{
     coarse_max::{self, CoarseMax},
     compare::{Comparison, Want},
     lines::{self, Lines},
+    trigonometric::{self, Form},
     truncate::Mode,
 };
 use crate::series::Series;
@@ -134,6 +135,7 @@ impl Online {
 
     /// A new tensor with this share.
     pub(crate) fn tensor(&self, meta: Meta, share: Option<Ring>) -> Share {
+        debug_assert!(share.as_ref().is_none_or(|s| gates::are_multiples(s, meta.zeros)));
         let cell = OpenCell {
             opening: Opening::new(meta.owner),
             mask: None,
@@ -211,7 +213,7 @@ impl Online {
     }
 
     fn draw(&self, id: GateId, meta: &Meta) -> Ring {
-        Prg::new(&self.seed, id, 0).ring(meta.dims.clone())
+        gates::floor_to(Prg::new(&self.seed, id, 0).ring(meta.dims.clone()), meta.zeros)
     }
 
     /// The peer's piece x_j + r_j, where it was received.
@@ -289,19 +291,24 @@ impl Online {
 
     /// Sends this party's share plus mask.
     fn send_piece(&self, x: &Share) -> Result<()> {
-        let (mask, share) = (self.mask(x), self.share(x));
-        self.send_words(64, x.0.meta.len(), |start, out| {
+        let (mask, share, meta) = (self.mask(x), self.share(x), &x.0.meta);
+        self.send_words(meta.bits(), meta.len(), |start, out| {
             for part in [&share, &mask].into_iter().flatten() {
                 let part = &part.as_slice()[start..start + out.len()];
                 out.iter_mut()
                     .zip(part)
                     .for_each(|(o, p)| *o = o.wrapping_add(*p));
             }
+            out.iter_mut().for_each(|o| *o >>= meta.zeros);
         })
     }
 
     fn receive_piece(&self, x: &Share) -> Result<()> {
-        let words = self.receive_words(64, x.0.meta.len())?;
+        let meta = &x.0.meta;
+        let mut words = self.receive_words(meta.bits(), meta.len())?;
+        if meta.zeros > 0 {
+            words.iter_mut().for_each(|w| *w <<= meta.zeros);
+        }
         x.0.cell.borrow_mut().peer = Some(Ring::new(x.0.meta.dims.clone(), words)?);
         Ok(())
     }
@@ -434,6 +441,7 @@ impl Gates for Online {
             dims: dims.to_vec(),
             scale: SCALE,
             owner,
+            zeros: 0,
         };
         let mine = match owner {
             Owner::Public => true,
@@ -459,6 +467,7 @@ impl Gates for Online {
                     dims: dims.to_vec(),
                     scale: SCALE,
                     owner,
+                    zeros: 0,
                 };
                 self.tensor(meta, Some(share))
             }
@@ -488,6 +497,10 @@ impl Gates for Online {
         let apply = |r: &Option<Ring>| r.as_ref().map(|r| map.apply(r)).transpose();
         let out = self.tensor(map.meta(&x.0.meta)?, apply(&self.own(x))?);
         let from = x.0.cell.borrow();
+        if let Local::Relabel(_) = map {
+            // The same ring elements are known in the same way.
+            out.0.cell.borrow_mut().carried = from.carried.clone();
+        }
         if from.opening.id.is_some() {
             let mut cell = out.0.cell.borrow_mut();
             cell.opening = from.opening.clone();
@@ -552,7 +565,7 @@ impl Gates for Online {
         } else {
             self.own(x)
         };
-        let out = self.tensor(x.0.meta.clone(), share);
+        let out = self.tensor(gates::shifted_meta(&x.0.meta, c), share);
         let from = x.0.cell.borrow();
         if from.opening.is_full() {
             let masked = self.masked(x)?.add_scalar(c);
@@ -595,8 +608,8 @@ impl Gates for Online {
         carried::online_square_sum(self, x)
     }
 
-    fn series_of(&self, x: &Share, all: &[Arc<Series>]) -> Result<Vec<Share>> {
-        protocols::trigonometric::online(self, x, all)
+    fn series_of(&self, x: &Share, all: &[Arc<Series>], form: Form) -> Result<Vec<Share>> {
+        trigonometric::online(self, x, all, form)
     }
 
     fn positive_part(&self, x: &Share, cut: u32) -> Result<Share> {

@@ -130,10 +130,10 @@ impl Series {
     /// Fractional bits of the result for an input of `input` fractional bits. The linear term is exact only if the
     /// result is one bit finer than the input; otherwise the scales are those of the fit.
     pub fn scale(&self, input: u32) -> u32 {
-        self.coefficient_scale(input) + self.dealt_scale
+        self.coefficients_for(input) + self.dealt_scale
     }
 
-    fn coefficient_scale(&self, input: u32) -> u32 {
+    fn coefficients_for(&self, input: u32) -> u32 {
         if self.linear == 0.0 {
             self.coefficient_scale
         } else {
@@ -145,13 +145,11 @@ impl Series {
     /// Bits of the modulus for an input of fractional bits `scale`: the period in fixed point is 2^bits.
     pub fn modulus_bits(&self, scale: u32) -> Result<u32> {
         let bits = scale as i32 + self.period_bits;
-        // A linear term would make the result as fine as the input.
-        let most = if self.linear == 0.0 { 64 } else { 53 };
-        if !(8..=most).contains(&bits) {
+        if !(8..=64).contains(&bits) {
             return Err(Error::program(
                 "activation",
                 format!(
-                    "an input of {scale} fractional bits and a period of 2^{} need {bits} bits; 8 to {most} are possible",
+                    "an input of {scale} fractional bits and a period of 2^{} need {bits} bits; 8 to 64 are possible",
                     self.period_bits
                 ),
             ));
@@ -184,28 +182,24 @@ impl Series {
         out
     }
 
-    /// Ring elements dealt for `n` inputs.
-    pub fn dealt_len(&self, n: usize) -> usize {
-        2 * self.harmonics() * n
-    }
-
-    /// cos(k theta_t) and sin(k theta_t) in fixed point for masks `t` modulo 2^bits.
+    /// cos(k theta_t) and sin(k theta_t) in fixed point for masks `t` modulo 2^bits; of a whole number of [`harmonics::TILE`] masks,
+    /// they are followed by those of what masks there are more.
     pub fn deal(&self, t: &[u64], bits: u32) -> Vec<u64> {
         let (t, bits) = leading(t, bits);
         harmonics::dealt(&t, bits, self.harmonics(), self.dealt_scale)
     }
 
-    /// The trigonometric part for opened `d` modulo 2^bits, at [`Series::scale`]. Linear in `dealt`: on shares it gives
-    /// shares.
-    pub fn accumulate(&self, d: &[u64], bits: u32, input_scale: u32, dealt: &[u64]) -> Vec<u64> {
+    /// The trigonometric part for opened `d` modulo 2^bits, with so many fractional bits of the coefficients beside those of the
+    /// dealt values, which `read` gives as for [`harmonics::combine`]. Linear in these: on shares it gives shares.
+    pub fn accumulate(
+        &self,
+        d: &[u64],
+        bits: u32,
+        coefficients: u32,
+        read: impl Fn(usize, &mut [u64]) + Sync,
+    ) -> Vec<u64> {
         let (d, bits) = leading(d, bits);
-        harmonics::combine(
-            &d,
-            bits,
-            (&self.cos, &self.sin),
-            self.coefficient_scale(input_scale),
-            dealt,
-        )
+        harmonics::combine(&d, bits, (&self.cos, &self.sin), coefficients, read)
     }
 }
 
@@ -402,7 +396,9 @@ mod tests {
             .zip(&t)
             .map(|(x, t)| x.wrapping_add(*t) & ((1 << bits) - 1))
             .collect();
-        let sum = s.accumulate(&d, bits, 16, &s.deal(&t, bits));
+        let all = s.deal(&t, bits);
+        let read = |first: usize, out: &mut [u64]| out.copy_from_slice(&all[first..first + out.len()]);
+        let sum = s.accumulate(&d, bits, s.coefficient_scale, read);
         for (x, y) in x.iter().zip(sum) {
             let x = *x as i64 as f64 / 65536.0;
             let y = y as i64 as f64 / (1u64 << s.scale(16)) as f64 + s.constant + s.linear * x;

@@ -94,12 +94,13 @@ fn comparisons() {
         [16 * N + (15 + 8 + 3 + 2) * BIT + BIT; 2],
         [0, 8 * N + 11 * 15 * BIT + (10 + 5 + 2 + 1) * BIT + 16 * N],
     );
-    // 61 bits, of a product of 49 fractional bits: truncated by 33 on the same opening.
+    // 61 bits, of a product of 49 fractional bits: truncated by 33 on the same opening. One of the factors was multiplied by
+    // an even number: it and the product have a zero, which neither is opened nor dealt.
     costs(
         Job::new(Verb::ReluOfFineSquare).by(fss),
         3,
-        [8 * 3 * N + BIT; 2],
-        [880 * N, 8 * N + (880 + 24) * N + 2 * 33 * N / 8],
+        [(64 + 63 + 63) * N / 8 + BIT; 2],
+        [880 * N, 63 * N / 8 + (880 + 24) * N + 2 * 33 * N / 8],
     );
     // Levels of 64, 32, 16 and 8 pairs: 120 comparisons without selection, as many products, and 112 to select with. One
     // bit each of 120, and with masked bits one word a plane, whatever it holds.
@@ -201,12 +202,14 @@ fn normalisations() {
         [both, both + product + row + second + mean(36)],
     );
     // Buckets of 21 bits opened and 32 one-byte counters dealt, 31 suffixes a row opened and given a key of 128 bytes; the
-    // exponential of 22 bits with 16 harmonics, opened; the inverse and the product.
+    // exponential of 22 bits with 16 harmonics, opened with 24 of its 40 fractional bits, as is the sum; the inverse and the
+    // product.
     let (online, both, second) = inverse(25, 22);
+    let (exp, online) = (6 * N, online - 2 * ROWS);
     costs(
         Job::new(Verb::Softmax),
         5,
-        [21 * N / 8 + 31 * ROWS + 22 * N / 8 + 8 * N + online; 2],
+        [21 * N / 8 + 31 * ROWS + 22 * N / 8 + exp + online; 2],
         [
             31 * 128 * ROWS + both,
             32 * N + 31 * 128 * ROWS + 16 * 16 * N + both + second,
@@ -215,6 +218,7 @@ fn normalisations() {
     // Wide scores: before that a maximum in buckets of 8 (24 bits) and a ReLU of either kind; then scores up to 16 in buckets of 2
     // (22 bits), with 20 harmonics.
     let (online, both, second) = inverse(27, 26);
+    let online = online - 2 * ROWS;
     let maximum = |bits: u64| bits * N / 8 + 31 * ROWS;
     for (comparison, rounds, relu, dealt) in [
         (Comparison::Fss, 2, 8 * N + BIT, [352 * N, (352 + 16) * N]),
@@ -228,7 +232,7 @@ fn normalisations() {
         costs(
             Job::new(Verb::WideSoftmax).by(comparison),
             2 + rounds + 5,
-            [maximum(24) + relu + maximum(22) + 22 * N / 8 + 8 * N + online; 2],
+            [maximum(24) + relu + maximum(22) + 22 * N / 8 + exp + online; 2],
             [
                 2 * 31 * 128 * ROWS + dealt[0] + both,
                 2 * (32 * N + 31 * 128 * ROWS) + dealt[1] + 20 * 16 * N + both + second,

@@ -88,9 +88,9 @@ fn normalisations() -> Result<()> {
                 let variance = x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / ROW as f64;
                 let sigma = (variance + spec.eps).sqrt();
                 for (x, y) in x.iter().zip(y) {
-                    // Two units of the truncated row, and what the inverse errs by.
+                    // Two units of the truncated row, what the inverse errs by, and a unit of the result.
                     let error = (y - (x - mean) / sigma).abs();
-                    let bound = 2e-4 * y.abs() + 2.5 * 2f64.powi(-16) / sigma;
+                    let bound = 2e-4 * y.abs() + (2.5 / sigma + 1.0) * 2f64.powi(-16);
                     assert!(
                         error <= bound,
                         "{kind:?} {x} at {sigma}: {y}, off by {error:e} of {bound:e}"

@@ -33,42 +33,40 @@ pub fn dealt(angles: &[u64], bits: u32, harmonics: usize, scale: u32) -> Vec<u64
 }
 
 /// For every angle, the sum over k of `(cos_k cos(k theta) + sin_k sin(k theta)) C_k + (cos_k sin(k theta) - sin_k
-/// cos(k theta)) S_k`, the brackets rounded to `scale` fractional bits and C, S taken from `dealt` (its layout is that of
-/// [`dealt`]). Linear in `dealt`: on shares it gives shares.
+/// cos(k theta)) S_k`, the brackets rounded to `scale` fractional bits and C, S what [`dealt`] gives, in its layout. Linear in these:
+/// on shares it gives shares. `read` writes some of them, from the given one on, a tile of angles at a time, so that they need not
+/// lie anywhere as they are used here.
 ///
 /// # Panics
-/// If `cos` and `sin` differ in length, or `dealt` is not that of as many angles and harmonics.
+/// If `cos` and `sin` differ in length.
 pub fn combine(
     angles: &[u64],
     bits: u32,
     (cos, sin): (&[f64], &[f64]),
     scale: u32,
-    dealt: &[u64],
+    read: impl Fn(usize, &mut [u64]) + Sync,
 ) -> Vec<u64> {
     let width = 2 * cos.len();
-    assert!(
-        cos.len() == sin.len() && dealt.len() == width * angles.len(),
-        "lengths must agree"
-    );
+    assert!(cos.len() == sin.len(), "lengths must agree");
     let mut out = vec![0; angles.len()];
+    let piece = |start: usize, out: &mut [u64], dealt: &mut [u64]| {
+        let dealt = &mut dealt[..out.len() * width];
+        read(start * width, dealt);
+        let angles = &angles[start..start + out.len()];
+        combine_tile(angles, bits, cos, sin, scale, dealt, out);
+    };
+    // Whole tiles, so that threads cut between them.
     let whole = angles.len() / TILE * TILE;
     let (tiles, rest) = out.split_at_mut(whole);
     fill_rows(tiles, TILE, |first, rows| {
+        let mut dealt = vec![0; TILE * width];
         for (i, out) in rows.chunks_exact_mut(TILE).enumerate() {
-            let start = (first + i) * TILE;
-            let dealt = &dealt[start * width..(start + TILE) * width];
-            combine_tile(&angles[start..start + TILE], bits, cos, sin, scale, dealt, out);
+            piece((first + i) * TILE, out, &mut dealt);
         }
     });
-    combine_tile(
-        &angles[whole..],
-        bits,
-        cos,
-        sin,
-        scale,
-        &dealt[whole * width..],
-        rest,
-    );
+    if !rest.is_empty() {
+        piece(whole, rest, &mut vec![0; TILE * width]);
+    }
     out
 }
 
@@ -244,7 +242,9 @@ mod tests {
             let x: Vec<u64> = (0..n as u64).map(|i| i * 977 % (1 << bits)).collect();
             let d: Vec<u64> = x.iter().zip(&t).map(|(x, t)| (x + t) % (1 << bits)).collect();
             let (cos, sin) = ([0.0, 0.0, 1.0], [0.0, 0.5, 0.0]);
-            let sum = combine(&d, bits, (&cos, &sin), scale, &dealt(&t, bits, 3, scale));
+            let all = dealt(&t, bits, 3, scale);
+            let read = |first: usize, out: &mut [u64]| out.copy_from_slice(&all[first..first + out.len()]);
+            let sum = combine(&d, bits, (&cos, &sin), scale, read);
             for (x, y) in x.iter().zip(sum) {
                 let a = *x as f64 / (1u64 << bits) as f64 * TAU;
                 let y = y as i64 as f64 / (1u64 << (2 * scale)) as f64;

@@ -134,16 +134,43 @@ impl Prg {
     /// # Panics
     /// If `bits` exceeds 64.
     pub fn bits(&mut self, n: usize, bits: u32) -> Vec<u64> {
+        let mut out = vec![0; n];
+        self.fill_bits(&mut out, bits);
+        out
+    }
+
+    /// As [`bits`](Prg::bits), filling `out`.
+    ///
+    /// # Panics
+    /// If `bits` exceeds 64.
+    pub fn fill_bits(&mut self, out: &mut [u64], bits: u32) {
         assert!(bits <= 64, "a word has 64 bits");
         let mask = u64::MAX.checked_shr(64 - bits).unwrap_or(0);
-        let mut out = vec![0; n];
         match bits {
-            0..=8 => self.fill(&mut out, |b| u64::from(u8::from_le_bytes(b)) & mask),
-            9..=16 => self.fill(&mut out, |b| u64::from(u16::from_le_bytes(b)) & mask),
-            17..=32 => self.fill(&mut out, |b| u64::from(u32::from_le_bytes(b)) & mask),
-            _ => self.fill(&mut out, |b| u64::from_le_bytes(b) & mask),
+            0..=8 => self.fill(out, |b| u64::from(u8::from_le_bytes(b)) & mask),
+            9..=16 => self.fill(out, |b| u64::from(u16::from_le_bytes(b)) & mask),
+            17..=32 => self.fill(out, |b| u64::from(u32::from_le_bytes(b)) & mask),
+            _ => self.fill(out, |b| u64::from_le_bytes(b) & mask),
         }
-        out
+    }
+
+    /// Words further on in the stream, as [`bits`](Prg::bits) draws them: `first` of them are passed over.
+    ///
+    /// # Panics
+    /// If that is not a whole number of 16-byte blocks, or `bits` exceeds 64.
+    pub fn skip_bits(&mut self, first: u64, bits: u32) {
+        let bytes = match bits {
+            0..=8 => 1,
+            9..=16 => 2,
+            17..=32 => 4,
+            33..=64 => 8,
+            _ => panic!("a word has 64 bits"),
+        };
+        assert!(
+            (self.position + first * bytes) % BLOCK == 0,
+            "a piece of a stream starts with a block"
+        );
+        self.seek((self.position + first * bytes) / BLOCK);
     }
 
     /// Fills `out` with what `read` makes of `N` bytes each.

@@ -18,8 +18,14 @@
 //! - **Sum of squares** over the last dimension: sum_k (2 A_k x_k - A_k^2) + R - 2 sum B_i t_i + sum B_i^2 m_i. Dealt:
 //!   R = sum ρ_k^2, 64 bits a row; t_i = m_i ρ_k, f bits an element, or m_i sum ρ_k, f bits a row, for the carry of a mean.
 //!
-//! Rounds: none (1 to open an operand that is neither open nor truncated). Exact. Nothing is opened, so nothing is to be
-//! argued: each party computes with shares and public values that it has.
+//! A product of two truncated values has more fractional bits than its factors were good for. Each party rounds its share of it
+//! to a multiple of 2^z, z such that [`SCALE`] fractional bits are left: shares of a value that is off by at most one unit of
+//! those, however they wrap, because 2^z divides 2^64 (dropping those bits by a shift would not do). What is made of it is then
+//! opened in 64 - z bits ([`Meta::zeros`]). Which way it is rounded depends on the low bits of the first party's share, which is a
+//! stream of its seed and what is public; the fixed-point interpreter computes it too.
+//!
+//! Rounds: none (1 to open an operand that is neither open nor truncated). Exact, but for that rounding. Nothing is opened, so
+//! nothing is to be argued: each party computes with shares and public values that it has.
 
 use std::rc::Rc;
 
@@ -27,7 +33,7 @@ use veiltune_ring::Ring;
 
 use super::product::take;
 use crate::fixed::{Fixed, FixedTensor};
-use crate::gates::{Gates, Local, Meta, Product, product_meta};
+use crate::gates::{Gates, Local, Meta, Product, SCALE, floor_to, product_meta};
 use crate::offline::{OffTensor, Offline};
 use crate::online::{Online, Share};
 use crate::opening::{BOTH, Learners};
@@ -38,6 +44,8 @@ pub(crate) struct OffCarried {
     /// ρ, at the dealer.
     mask: Option<Ring>,
     carries: Vec<OffCarry>,
+    /// Whether all of it was truncated: then a product of two such is rounded.
+    traced: bool,
 }
 
 #[derive(Clone)]
@@ -64,6 +72,7 @@ impl OffCarried {
         OffCarried {
             mask,
             carries: vec![carry],
+            traced: true,
         }
     }
 
@@ -87,6 +96,15 @@ pub(crate) struct Carried {
     /// A.
     masked: Ring,
     carries: Vec<Carry>,
+    /// Whether all of it was truncated: then a product of two such is rounded.
+    traced: bool,
+}
+
+/// What the fixed-point interpreter knows of a carried value: what the first party does.
+pub(crate) struct Traced {
+    pub carried: Carried,
+    /// The first party's share, if all of it was truncated.
+    pub share: Option<Ring>,
 }
 
 #[derive(Clone)]
@@ -110,8 +128,52 @@ impl Carried {
         Ok(Carried {
             masked: c.map(|c| (c >> bits).wrapping_sub(offset >> bits)),
             carries: vec![carry],
+            traced: true,
         })
     }
+
+    fn bits(&self) -> Vec<u32> {
+        self.carries.iter().map(|c| c.bits).collect()
+    }
+
+    fn sum(&self, other: &Carried, subtract: bool) -> Result<Carried> {
+        let mut carries = self.carries.clone();
+        for carry in &other.carries {
+            let mut carry = carry.clone();
+            if subtract {
+                carry.weight = carry.weight.neg();
+            }
+            carries.push(carry);
+        }
+        let (a, b) = (&self.masked, &other.masked);
+        Ok(Carried {
+            masked: if subtract { a.sub(b)? } else { a.add(b)? },
+            carries,
+            traced: self.traced && other.traced,
+        })
+    }
+}
+
+/// Zeros that a product is rounded to: it keeps [`SCALE`] fractional bits, if both factors were truncated. Else it stays as it is.
+fn zeros_of(kind: Product, meta: &Meta, traced: [bool; 2]) -> u32 {
+    match kind {
+        Product::Elementwise if traced == [true, true] => meta.scale.saturating_sub(SCALE),
+        _ => 0,
+    }
+}
+
+/// A party's share, rounded to a multiple of 2^zeros: the value moves by at most that much, and not on average.
+pub(crate) fn rounded(x: Ring, zeros: u32) -> Ring {
+    match zeros {
+        0 => x,
+        _ => floor_to(x.add_scalar(1 << (zeros - 1)), zeros),
+    }
+}
+
+/// The value whose shares are rounded, from the first party's share.
+pub(crate) fn rounded_sum(value: &Ring, first: Ring, zeros: u32) -> Result<Ring> {
+    let second = value.sub(&first)?;
+    Ok(rounded(first, zeros).add(&rounded(second, zeros))?)
 }
 
 /// Whether no product of two carries, one of each list, is left modulo 2^64.
@@ -178,6 +240,7 @@ fn offline_known(o: &Offline, x: &OffTensor, carried: bool) -> Result<Option<Rc<
     Ok(Some(Rc::new(OffCarried {
         mask,
         carries: Vec::new(),
+        traced: false,
     })))
 }
 
@@ -199,7 +262,15 @@ pub(crate) fn offline_sum(
         _ => None,
     };
     let carries = [&x.carries[..], &y.carries[..]].concat();
-    Ok(o.carrying(meta, OffCarried { mask, carries }))
+    let traced = x.traced && y.traced;
+    Ok(o.carrying(
+        meta,
+        OffCarried {
+            mask,
+            carries,
+            traced,
+        },
+    ))
 }
 
 /// The product, if it is one to be computed here.
@@ -243,6 +314,7 @@ pub(crate) fn offline_product(
     o.end_gate()?;
     Ok(Some(o.tensor(Meta {
         owner: Owner::Shared,
+        zeros: zeros_of(kind, &meta, [x.traced, y.traced]),
         ..meta
     })))
 }
@@ -274,6 +346,7 @@ fn rows(x: &Meta) -> Result<Rows> {
     Ok(Rows {
         meta: Meta {
             dims,
+            zeros: 0,
             ..product_meta(Product::Elementwise, x, x)?
         },
         row: row.max(1),
@@ -340,6 +413,7 @@ fn online_known(p: &Online, x: &Share, carried: bool) -> Result<Option<Rc<Carrie
     Ok(Some(Rc::new(Carried {
         masked: p.masked(x)?,
         carries: Vec::new(),
+        traced: false,
     })))
 }
 
@@ -357,71 +431,68 @@ pub(crate) fn online_sum(
     let (Some(x), Some(y), Some(sum)) = (online_known(p, a, true)?, online_known(p, b, true)?, &sum) else {
         return Ok(p.tensor(meta, sum));
     };
-    let mut carries = x.carries.clone();
-    for carry in &y.carries {
-        let mut carry = carry.clone();
-        if subtract {
-            carry.weight = carry.weight.neg();
-        }
-        carries.push(carry);
-    }
-    let masked = if subtract {
-        x.masked.sub(&y.masked)?
-    } else {
-        x.masked.add(&y.masked)?
-    };
-    Ok(p.carrying(meta, sum.clone(), Carried { masked, carries }))
+    Ok(p.carrying(meta, sum.clone(), x.sum(&y, subtract)?))
 }
 
-pub(crate) fn online_product(p: &Online, kind: Product, a: &Share, b: &Share) -> Result<Option<Share>> {
-    let bits = |x: &Share| {
-        p.carried(x)
-            .map(|c| c.carries.iter().map(|c| c.bits).collect::<Vec<_>>())
-    };
-    let carries = [a, b].map(bits);
-    let carries = carries.each_ref().map(|c| c.as_deref());
-    let Some(used) = applies(kind, p.meta(a), p.meta(b), carries) else {
-        return Ok(None);
-    };
-    let meta = Meta {
-        owner: Owner::Shared,
-        ..product_meta(kind, p.meta(a), p.meta(b))?
-    };
-    open_rest(|xs| p.open_for(xs), a, b, used)?;
-    let x = online_known(p, a, used[0])?.ok_or_else(unknown)?;
-    let y = online_known(p, b, used[1])?.ok_or_else(unknown)?;
-    let (_, mut material) = p.gate()?;
-    let mut out = Ring::new(meta.dims.clone(), take(&mut material.words)?)?;
+/// A party's share of a product, from what it knows of the factors and its shares of them; `dealt` gives the next of the dealt
+/// values, so many of so many bits.
+fn multiply(
+    kind: Product,
+    meta: &Meta,
+    (x, y): (&Carried, &Carried),
+    [a, b]: [Ring; 2],
+    first: bool,
+    mut dealt: impl FnMut(usize, u32) -> Result<Vec<u64>>,
+) -> Result<Ring> {
+    let dims = [a.dims().to_vec(), b.dims().to_vec()];
+    let mut out = Ring::new(meta.dims.clone(), dealt(meta.len(), 64)?)?;
     // A y + S (x - A), of which the first party's shares hold A.
-    out.add_assign(&kind.apply(&x.masked, &p.share_or_zeros(b))?)?;
-    let mut rest = p.share_or_zeros(a);
-    if p.is_first() {
-        rest = rest.sub(&x.masked)?;
-    }
+    out.add_assign(&kind.apply(&x.masked, &b)?)?;
+    let rest = if first { a.sub(&x.masked)? } else { a };
     out.add_assign(&kind.apply(&rest, &y.masked)?)?;
-    for (carries, dims) in [(&x.carries, &p.meta(b).dims), (&y.carries, &p.meta(a).dims)] {
+    for (carries, dims) in [(&x.carries, &dims[1]), (&y.carries, &dims[0])] {
         for carry in carries {
             let ([left, right], summed) = crossed(kind, carry.weight.dims(), dims);
             let dims = Product::Elementwise.dims(&left, &right)?;
-            let rank = dims.len();
-            let mut term = Ring::new(dims, take(&mut material.words)?)?.mul(&carry.weight.reshape(left)?)?;
+            let (n, rank) = (dims.iter().product(), dims.len());
+            let mut term = Ring::new(dims, dealt(n, carry.bits)?)?.mul(&carry.weight.reshape(left)?)?;
             if let Some(from_end) = summed {
                 term = term.sum(rank - from_end)?.reshape(meta.dims.clone())?;
             }
             out = out.sub(&term)?;
         }
     }
+    Ok(out)
+}
+
+pub(crate) fn online_product(p: &Online, kind: Product, a: &Share, b: &Share) -> Result<Option<Share>> {
+    let carries = [a, b].map(|x| p.carried(x).map(|c| c.bits()));
+    let carries = carries.each_ref().map(|c| c.as_deref());
+    let Some(used) = applies(kind, p.meta(a), p.meta(b), carries) else {
+        return Ok(None);
+    };
+    let meta = product_meta(kind, p.meta(a), p.meta(b))?;
+    open_rest(|xs| p.open_for(xs), a, b, used)?;
+    let x = online_known(p, a, used[0])?.ok_or_else(unknown)?;
+    let y = online_known(p, b, used[1])?.ok_or_else(unknown)?;
+    let (_, mut material) = p.gate()?;
+    let shares = [a, b].map(|x| p.share_or_zeros(x));
+    let out = multiply(kind, &meta, (&x, &y), shares, p.is_first(), |_, _| {
+        take(&mut material.words)
+    })?;
+    let meta = Meta {
+        owner: Owner::Shared,
+        zeros: zeros_of(kind, &meta, [x.traced, y.traced]),
+        ..meta
+    };
+    let out = rounded(out, meta.zeros);
     Ok(Some(p.tensor(meta, Some(out))))
 }
 
 pub(crate) fn online_square_sum(p: &Online, x: &Share) -> Result<Share> {
     let Rows { meta, row } = rows(p.meta(x))?;
     let carried = p.carried(x);
-    let bits: Vec<u32> = carried
-        .iter()
-        .flat_map(|c| c.carries.iter().map(|c| c.bits))
-        .collect();
-    if !squares_alone(p.meta(x), &bits) {
+    if !squares_alone(p.meta(x), &carried.as_ref().map_or(Vec::new(), |c| c.bits())) {
         return square_and_sum(p, x);
     }
     if carried.is_none() {
@@ -463,33 +534,100 @@ pub(crate) fn online_square_sum(p: &Online, x: &Share) -> Result<Share> {
 
 // ---- in the clear ----
 
-fn fixed_known(f: &Fixed, x: &FixedTensor) -> Option<Vec<u32>> {
-    let open = f.is_open(x) && f.meta(x).owner != Owner::Public;
-    f.carried(x).map(<[u32]>::to_vec).or_else(|| open.then(Vec::new))
+fn fixed_known(f: &Fixed, x: &FixedTensor) -> Result<Option<Rc<Traced>>> {
+    if let Some(carried) = f.carried(x) {
+        return Ok(Some(carried));
+    }
+    if !f.is_open(x) || f.meta(x).owner == Owner::Public {
+        return Ok(None);
+    }
+    Ok(Some(Rc::new(Traced {
+        carried: Carried {
+            masked: f.ring(x).add(&f.mask(x))?,
+            carries: Vec::new(),
+            traced: false,
+        },
+        share: None,
+    })))
 }
 
-/// The carries of a sum of `a` and `b`, of which one is carried, and the other at least open.
-pub(crate) fn fixed_sum(f: &Fixed, a: &FixedTensor, b: &FixedTensor) -> Option<Vec<u32>> {
-    let joined = [fixed_known(f, a)?, fixed_known(f, b)?].concat();
-    (!joined.is_empty()).then_some(joined)
-}
-
-/// Whether the product is one of those computed here; then what it needs is opened.
-pub(crate) fn fixed_product(f: &Fixed, kind: Product, a: &FixedTensor, b: &FixedTensor) -> Result<bool> {
-    let Some(used) = applies(kind, f.meta(a), f.meta(b), [f.carried(a), f.carried(b)]) else {
-        return Ok(false);
+/// What is known of a sum of `a` and `b`, of which one is carried, and the other at least open.
+pub(crate) fn fixed_sum(
+    f: &Fixed,
+    a: &FixedTensor,
+    b: &FixedTensor,
+    subtract: bool,
+) -> Result<Option<Traced>> {
+    if f.carried(a).is_none() && f.carried(b).is_none() {
+        return Ok(None);
+    }
+    let (Some(x), Some(y)) = (fixed_known(f, a)?, fixed_known(f, b)?) else {
+        return Ok(None);
     };
+    let share = match (&x.share, &y.share) {
+        (Some(x), Some(y)) => Some(if subtract { x.sub(y)? } else { x.add(y)? }),
+        _ => None,
+    };
+    Ok(Some(Traced {
+        carried: x.carried.sum(&y.carried, subtract)?,
+        share,
+    }))
+}
+
+/// The product, if it is one of those computed here; then what it needs is opened.
+pub(crate) fn fixed_product(
+    f: &Fixed,
+    kind: Product,
+    a: &FixedTensor,
+    b: &FixedTensor,
+) -> Result<Option<FixedTensor>> {
+    let known = [a, b].map(|x| f.carried(x));
+    let bits = known.each_ref().map(|x| x.as_ref().map(|x| x.carried.bits()));
+    let Some(used) = applies(kind, f.meta(a), f.meta(b), bits.each_ref().map(|b| b.as_deref())) else {
+        return Ok(None);
+    };
+    let meta = product_meta(kind, f.meta(a), f.meta(b))?;
     open_rest(|xs| f.open_for(xs), a, b, used)?;
-    f.gate();
-    Ok(true)
+    let gate = f.gate();
+    let mut value = kind.apply(f.ring(a), f.ring(b))?;
+    super::product::assert_no_wrap(kind, f.ring(a), f.ring(b), &value)?;
+    let shares = match &known {
+        [Some(x), Some(y)] if used == [true, true] => {
+            x.share.as_ref().zip(y.share.as_ref()).map(|s| (x, y, s))
+        }
+        _ => None,
+    };
+    let zeros = zeros_of(kind, &meta, [shares.is_some(); 2]);
+    if let (Some((x, y, shares)), true) = (shares, zeros > 0) {
+        let mut slot = 0;
+        let shares = [shares.0.clone(), shares.1.clone()];
+        let first = multiply(kind, &meta, (&x.carried, &y.carried), shares, true, |n, bits| {
+            let words = f.first_of_dealt((gate, slot), n, bits);
+            slot += 1;
+            Ok(words)
+        })?;
+        value = rounded_sum(&value, first, zeros)?;
+    }
+    Ok(Some(f.tensor(
+        Meta {
+            owner: Owner::Shared,
+            zeros,
+            ..meta
+        },
+        value,
+    )))
 }
 
 pub(crate) fn fixed_square_sum(f: &Fixed, x: &FixedTensor) -> Result<FixedTensor> {
     let Rows { meta, .. } = rows(f.meta(x))?;
-    if !squares_alone(f.meta(x), f.carried(x).unwrap_or(&[])) {
+    let carried = f.carried(x);
+    if !squares_alone(
+        f.meta(x),
+        &carried.as_ref().map_or(Vec::new(), |c| c.carried.bits()),
+    ) {
         return square_and_sum(f, x);
     }
-    if f.carried(x).is_none() {
+    if carried.is_none() {
         f.open_for(&[(x, BOTH)])?;
     }
     f.gate();

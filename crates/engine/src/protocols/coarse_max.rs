@@ -95,6 +95,7 @@ fn output(x: &Meta) -> Meta {
         dims,
         scale: x.scale,
         owner: Owner::Shared,
+        zeros: 0,
     }
 }
 

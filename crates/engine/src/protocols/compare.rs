@@ -76,6 +76,7 @@ impl Want {
             dims: x.dims.clone(),
             scale,
             owner: Owner::Shared,
+            zeros: 0,
         })
     }
 

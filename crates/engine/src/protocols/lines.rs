@@ -70,6 +70,7 @@ impl Lines {
             dims: x.dims.clone(),
             scale: self.scale,
             owner: Owner::Shared,
+            zeros: 0,
         }
     }
 

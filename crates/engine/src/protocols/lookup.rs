@@ -41,6 +41,7 @@ fn output(x: &Meta, scale: u32) -> Meta {
         dims: x.dims.clone(),
         scale,
         owner: Owner::Shared,
+        zeros: 0,
     }
 }
 

@@ -11,7 +11,8 @@
 //! | x shared or of party 1-p, y of party p | x to p, y to 1-p | 8 bytes a result | owner p: 1; 1-p: 1, or 0 when y is a session parameter (prepared offline) |
 //! | both shared | both, to both | 8 bytes a result | 2 each, or 1 when y is a session parameter |
 //!
-//! At most one round, none if both are open; 8 bytes an element opened, in each direction that is needed. Dealer
+//! At most one round, none if both are open; 8 bytes an element opened, in each direction that is needed. Zeros of an
+//! operand ([`Meta::zeros`]) are not sent, nor are they of the dealt r*q, which has those of both. Dealer
 //! bytes go to the second party. A session parameter was opened at set-up.
 //!
 //! Asymmetric sharing: when party p owns the weight y, it multiplies in the clear, (x_p + X_{1-p}) * y, where
@@ -61,7 +62,6 @@ pub(crate) fn offline(o: &Offline, kind: Product, a: &OffTensor, b: &OffTensor) 
     }
     let meta = product_meta(kind, o.meta(a), o.meta(b))?;
     let macs = kind.macs(&o.meta(a).dims, &meta.dims);
-    let n = meta.len();
     let detail = [kind as u8];
     match Case::of(o.meta(a), o.meta(b)) {
         Case::Local => {
@@ -74,7 +74,7 @@ pub(crate) fn offline(o: &Offline, kind: Product, a: &OffTensor, b: &OffTensor) 
             o.open_for(&[(x, only(owner)), (w, only(other))]);
             let gate = o.gate("product", &detail);
             let mask = |t: &OffTensor, p: Party| o.mask_of(t, p.index());
-            let cross = o.correlate("product", (gate, 0), n, 64, || {
+            let cross = o.correlate_as("product", (gate, 0), &meta, || {
                 match (mask(x, other), mask(w, owner)) {
                     (Some(r), Some(q)) => Ok(oriented(kind, &r, &q, right)?.into_vec()),
                     _ => Err(Error::program("product", "a mask is missing at the dealer")),
@@ -102,7 +102,7 @@ pub(crate) fn offline(o: &Offline, kind: Product, a: &OffTensor, b: &OffTensor) 
         Case::Shared => {
             o.open_for(&[(a, BOTH), (b, BOTH)]);
             let gate = o.gate("product", &detail);
-            let cross = o.correlate("product", (gate, 0), n, 64, || {
+            let cross = o.correlate_as("product", (gate, 0), &meta, || {
                 Ok(kind.apply(&o.mask(a)?, &o.mask(b)?)?.into_vec())
             })?;
             let prepared = o.is_parameter(b);
@@ -183,10 +183,11 @@ pub(crate) fn online(p: &Online, kind: Product, a: &Share, b: &Share) -> Result<
 }
 
 pub(crate) fn fixed(f: &Fixed, kind: Product, a: &FixedTensor, b: &FixedTensor) -> Result<FixedTensor> {
+    if let Some(z) = carried::fixed_product(f, kind, a, b)? {
+        return Ok(z);
+    }
     let meta = product_meta(kind, f.meta(a), f.meta(b))?;
-    let carried = carried::fixed_product(f, kind, a, b)?;
     match Case::of(f.meta(a), f.meta(b)) {
-        _ if carried => {}
         Case::Local => {}
         Case::Owned { owner, right } => {
             let (x, w) = if right { (a, b) } else { (b, a) };
@@ -200,8 +201,7 @@ pub(crate) fn fixed(f: &Fixed, kind: Product, a: &FixedTensor, b: &FixedTensor) 
     }
     let value = kind.apply(f.ring(a), f.ring(b))?;
     assert_no_wrap(kind, f.ring(a), f.ring(b), &value)?;
-    let owner = if carried { Owner::Shared } else { meta.owner };
-    Ok(f.tensor(Meta { owner, ..meta }, value))
+    Ok(f.tensor(meta, value))
 }
 
 /// The product must fit the signed range: a cheap bound first, a float shadow of the whole product if it is not

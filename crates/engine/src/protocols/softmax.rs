@@ -29,11 +29,14 @@ use crate::{Error, Result};
 use super::activation::MAX_INPUT_SCALE;
 use super::coarse_max::CoarseMax;
 use super::inverse::power;
+use super::trigonometric::Form;
 
 /// Largest bound at which the exponentials of a row fit one Fourier sum.
 const NARROW: f64 = 24.0;
 /// Largest bound at all.
 const WIDE: f64 = 248.0;
+/// Fractional bits of an exponential.
+const EXP_BITS: u32 = 24;
 /// Scores so far below the largest are raised: what they add to a sum is at most exp(-NEGLIGIBLE) of it, each.
 const NEGLIGIBLE: f64 = 16.0;
 
@@ -55,7 +58,8 @@ pub fn softmax<G: Gates>(g: &G, x: &G::T, spec: &SoftmaxSpec) -> Result<G::T> {
     let width = coarse.width();
     let max = g.coarse_max(&x, &coarse)?;
     let shifted = g.sum_of(&x, &max, true)?;
-    let p = g.series(&shifted, &Series::exp_tail(2.0 * bound + width, width)?)?;
+    let series = Series::exp_tail(2.0 * bound + width, width)?;
+    let p = g.series(&shifted, &series, Form::Rounded(EXP_BITS))?;
     let total = g.local(&p, &Local::Sum(dim))?;
     // The largest term is at least exp(-width).
     let range = (0.98 * (-width).exp(), 1.02 * n.max(1) as f64 * width.exp());

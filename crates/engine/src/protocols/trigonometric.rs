@@ -10,53 +10,171 @@
 //! Several series of one period and as many harmonics share opening and dealt values: sine and cosine of whole turns cost 16
 //! bytes an element together.
 //!
-//! An angle of more than 53 bits is opened whole and used by its first 53.
+//! An angle of more than 53 bits is opened whole and used by its first 53. Zeros of x ([`Meta::zeros`]) are zeros of t, and are not
+//! sent. The result comes in one of three forms:
+//!
+//! - [`Form::Whole`]: modulo 2^64, at the scale of the series.
+//! - [`Form::Rounded`]: the same, each party's share rounded to a multiple of 2^z as by [`carried`](super::carried): later openings
+//!   take z bits less.
+//! - [`Form::Raised`]: a bounded function needs no more of the ring than its own range. Sines and cosines are dealt modulo 2^(64-z),
+//!   and what is made of them is multiplied by 2^z, z such that the result fills the 62 bits that a truncation takes. That truncation
+//!   has to follow, and brings it into the whole ring again. Any linear term is a shift of x, without rounding.
 //!
 //! One round; n bits each way an element (packed; none if x is open). Dealer to the second party: 16 bytes an element
-//! and harmonic. Error: that of the fit ([`Series::fit_error`], 3e-5 for the activations), plus fixed-point rounding of
+//! and harmonic, raised 16 (64 - z) / 64, about 10. Error: that of the fit ([`Series::fit_error`], 3e-5 for the activations), plus fixed-point rounding of
 //! coefficients and harmonics: below 4e-4 for activations, 1e-5 for exp before softmax.
 
 use std::sync::Arc;
 
-use veiltune_ring::Ring;
+use veiltune_ring::{Ring, harmonics};
 
+use super::carried::{rounded, rounded_sum};
 use super::product::take;
 use crate::fixed::{Fixed, FixedTensor};
-use crate::gates::{Gates, Meta};
+use crate::gates::{Gates, LIMIT_BITS, Meta};
+use crate::material::Dealt;
 use crate::offline::{OffTensor, Offline, low_bits};
 use crate::online::{Online, Share};
 use crate::series::Series;
-use crate::{Owner, Result};
+use crate::{Error, Owner, Result};
 
-fn output(x: &Meta, series: &Series) -> Meta {
-    Meta {
-        dims: x.dims.clone(),
-        scale: series.scale(x.scale),
-        owner: Owner::Shared,
+/// Masks whose sines and cosines are dealt at a time: whole tiles, which stay in the cache.
+const BATCH: usize = 4 * harmonics::TILE;
+
+/// What the result is to look like; see the module.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// As it comes.
+    Whole,
+    /// Rounded to so many fractional bits; without a linear term.
+    Rounded(u32),
+    /// As large as a truncation takes it, for |f| < 2^b; a linear coefficient is a power of two.
+    Raised(u32),
+}
+
+/// How a series is evaluated on an input.
+struct Layout {
+    meta: Meta,
+    /// Bits of the dealt values.
+    dealt: u32,
+    /// Shift of the trigonometric part and the constant, and fractional bits of its coefficients.
+    lift: u32,
+    coefficients: u32,
+    /// Zeros to which the shares are rounded.
+    rounded: u32,
+}
+
+impl Layout {
+    fn new(x: &Meta, series: &Series, form: Form) -> Result<Layout> {
+        let impossible = || Error::program("series", format!("{form:?} of {} fractional bits", x.scale));
+        let whole = series.scale(x.scale);
+        let meta = |scale, zeros| Meta {
+            dims: x.dims.clone(),
+            scale,
+            owner: Owner::Shared,
+            zeros,
+        };
+        let coefficients = whole - series.dealt_scale;
+        Ok(match form {
+            Form::Whole => Layout {
+                meta: meta(whole, 0),
+                dealt: 64,
+                lift: 0,
+                coefficients,
+                rounded: 0,
+            },
+            Form::Rounded(bits) => {
+                let zeros = whole.saturating_sub(bits);
+                if series.linear != 0.0 {
+                    return Err(impossible());
+                }
+                Layout {
+                    meta: meta(whole, zeros),
+                    dealt: 64,
+                    lift: 0,
+                    coefficients,
+                    rounded: zeros,
+                }
+            }
+            Form::Raised(bits) => {
+                let coefficients = series.coefficient_scale;
+                let scale = LIMIT_BITS.checked_sub(bits).ok_or_else(impossible)?;
+                let lift = scale
+                    .checked_sub(coefficients + series.dealt_scale)
+                    .ok_or_else(impossible)?;
+                let mut layout = Layout {
+                    meta: meta(scale, lift),
+                    dealt: 64 - lift,
+                    lift,
+                    coefficients,
+                    rounded: 0,
+                };
+                if series.linear != 0.0 {
+                    let shift = layout.linear_shift(x, series).ok_or_else(impossible)?;
+                    layout.meta.zeros = lift.min(x.zeros + shift);
+                }
+                layout
+            }
+        })
+    }
+
+    /// The shift that multiplies x by the linear coefficient and brings it to the scale of the result.
+    fn linear_shift(&self, x: &Meta, series: &Series) -> Option<u32> {
+        let exponent = series.linear.log2();
+        let shift = i64::from(self.meta.scale) - i64::from(x.scale) + exponent as i64;
+        (exponent.fract() == 0.0).then_some(u32::try_from(shift).ok()?)
+    }
+
+    /// A party's share: from the opened angles, its share of x and of the dealt values.
+    fn share(
+        &self,
+        x: &Meta,
+        series: &Series,
+        (d, bits): (&[u64], u32),
+        share: Option<&Ring>,
+        dealt: &Dealt,
+        first: bool,
+    ) -> Result<Ring> {
+        let mut out = series.accumulate(d, bits, self.coefficients, |first, out| dealt.read(first, out));
+        let lift = self.lift;
+        let scale = self.coefficients + series.dealt_scale;
+        let constant = (series.constant * 2f64.powi(scale as i32)).round() as i64 as u64;
+        let constant = if first { constant } else { 0 };
+        for o in &mut out {
+            *o = o.wrapping_add(constant) << lift;
+        }
+        if let (Some(share), true) = (share, series.linear != 0.0) {
+            let factor = match lift {
+                0 => (series.linear * 2f64.powi(scale as i32 - x.scale as i32)).round() as i64 as u64,
+                _ => 1 << self.linear_shift(x, series).unwrap_or(0),
+            };
+            for (o, x) in out.iter_mut().zip(share.as_slice()) {
+                *o = o.wrapping_add(factor.wrapping_mul(*x));
+            }
+        }
+        Ok(Ring::new(self.meta.dims.clone(), out)?)
     }
 }
 
-/// linear * x + constant at the scale of the result, on this share of x.
-fn affine_part(series: &Series, x: Option<&Ring>, scale: u32, with_constant: bool, out: &mut [u64]) {
-    let shift = series.scale(scale) as i32 - scale as i32;
-    let linear = (series.linear * 2f64.powi(shift)).round() as i64 as u64;
-    if let (Some(x), true) = (x, linear != 0) {
-        out.iter_mut()
-            .zip(x.as_slice())
-            .for_each(|(o, x)| *o = o.wrapping_add(linear.wrapping_mul(*x)));
-    }
-    if with_constant {
-        let constant = (series.constant * 2f64.powi(series.scale(scale) as i32)).round() as i64 as u64;
-        out.iter_mut().for_each(|o| *o = o.wrapping_add(constant));
+/// Bits of the modulus, and those of them that are not always zero.
+fn modulus(x: &Meta, series: &Series) -> Result<(u32, u32)> {
+    let bits = series.modulus_bits(x.scale)?;
+    match bits.checked_sub(x.zeros) {
+        None | Some(0) => Err(Error::program(
+            "activation",
+            format!("an input of {} zeros has no bits below a period", x.zeros),
+        )),
+        Some(sent) => Ok((bits, sent)),
     }
 }
 
 /// `all` have one period, and one number of harmonics and scale of dealt values.
-pub(crate) fn offline(o: &Offline, x: &OffTensor, all: &[Arc<Series>]) -> Result<Vec<OffTensor>> {
-    let series = &all[0];
-    let (n, bits) = (o.meta(x).len(), series.modulus_bits(o.meta(x).scale)?);
-    let fingerprints: Vec<u8> = all.iter().flat_map(|s| s.fingerprint()).collect();
-    let gate = o.gate("trigonometric", &fingerprints);
+pub(crate) fn offline(o: &Offline, x: &OffTensor, all: &[Arc<Series>], form: Form) -> Result<Vec<OffTensor>> {
+    let (series, meta) = (&all[0], o.meta(x));
+    let (n, (bits, sent)) = (meta.len(), modulus(meta, series)?);
+    let mut detail: Vec<u8> = all.iter().flat_map(|s| s.fingerprint()).collect();
+    detail.extend(format!("{form:?}").into_bytes());
+    let gate = o.gate("trigonometric", &detail);
     let mask = if o.is_open(x) {
         if o.is_dealer() {
             Some(o.mask(x)?.map(|r| r & low_bits(bits)).into_vec())
@@ -64,63 +182,80 @@ pub(crate) fn offline(o: &Offline, x: &OffTensor, all: &[Arc<Series>]) -> Result
             None
         }
     } else {
-        let each = veiltune_wire::pack::packed_len(n, bits) as u64;
-        o.exchanged("trigonometric", [each; 2]);
-        o.small_mask(gate, 0, n, bits)
+        o.exchanged(
+            "trigonometric",
+            [veiltune_wire::pack::packed_len(n, sent) as u64; 2],
+        );
+        let mask = o.small_mask(gate, 0, n, sent);
+        mask.map(|t| t.into_iter().map(|t| t << meta.zeros).collect())
     };
-    o.deal("trigonometric", (gate, 1), series.dealt_len(n), 64, || {
-        Ok(series.deal(&mask.unwrap_or_default(), bits))
+    let layouts = all
+        .iter()
+        .map(|s| Layout::new(meta, s, form))
+        .collect::<Result<Vec<_>>>()?;
+    let dealt = layouts[0].dealt;
+    let (mask, each) = (mask.unwrap_or_default(), 2 * series.harmonics());
+    o.deal_many("trigonometric", (gate, 1), (n, each, BATCH), dealt, |range| {
+        series.deal(&mask[range], bits)
     })?;
     o.end_gate()?;
-    Ok(all.iter().map(|s| o.tensor(output(o.meta(x), s))).collect())
+    Ok(layouts.into_iter().map(|l| o.tensor(l.meta)).collect())
 }
 
-pub(crate) fn online(p: &Online, x: &Share, all: &[Arc<Series>]) -> Result<Vec<Share>> {
-    let scale = p.meta(x).scale;
-    let (n, bits) = (p.meta(x).len(), all[0].modulus_bits(scale)?);
+pub(crate) fn online(p: &Online, x: &Share, all: &[Arc<Series>], form: Form) -> Result<Vec<Share>> {
+    let meta = p.meta(x);
+    let (n, (bits, sent)) = (meta.len(), modulus(meta, &all[0])?);
     let (gate, mut material) = p.gate()?;
     let share = p.share(x);
     let d = if p.is_open(x) {
         p.masked(x)?.map(|d| d & low_bits(bits)).into_vec()
     } else {
-        let mut mine = p.small_mask(gate, 0, n, bits);
+        let mut mine = p.small_mask(gate, 0, n, sent);
         if let Some(share) = &share {
             mine.iter_mut()
                 .zip(share.as_slice())
-                .for_each(|(m, x)| *m = m.wrapping_add(*x) & low_bits(bits));
+                .for_each(|(m, x)| *m = m.wrapping_add(*x >> meta.zeros) & low_bits(sent));
         }
-        p.open_words(mine, bits)?
+        let mut d = p.open_words(mine, sent)?;
+        d.iter_mut().for_each(|d| *d <<= meta.zeros);
+        d
     };
-    let dealt = take(&mut material.words)?;
+    let dealt = take(&mut material.dealt)?;
     let one = |series: &Arc<Series>| {
-        let mut out = series.accumulate(&d, bits, scale, &dealt);
-        affine_part(series, share.as_ref(), scale, p.is_first(), &mut out);
-        let meta = output(p.meta(x), series);
-        Ok(p.tensor(meta.clone(), Some(Ring::new(meta.dims, out)?)))
+        let layout = Layout::new(meta, series, form)?;
+        let out = layout.share(meta, series, (&d, bits), share.as_ref(), &dealt, p.is_first())?;
+        let out = rounded(out, layout.rounded);
+        Ok(p.tensor(layout.meta, Some(out)))
     };
     all.iter().map(one).collect()
 }
 
-pub(crate) fn fixed(f: &Fixed, x: &FixedTensor, all: &[Arc<Series>]) -> Result<Vec<FixedTensor>> {
-    let (series, scale) = (&all[0], f.meta(x).scale);
-    let (n, bits) = (f.meta(x).len(), series.modulus_bits(scale)?);
+pub(crate) fn fixed(f: &Fixed, x: &FixedTensor, all: &[Arc<Series>], form: Form) -> Result<Vec<FixedTensor>> {
+    let (series, meta) = (&all[0], f.meta(x));
+    let (n, (bits, sent)) = (meta.len(), modulus(meta, series)?);
     let gate = f.gate();
     let t = if f.is_open(x) {
         f.mask(x).map(|r| r & low_bits(bits)).into_vec()
     } else {
-        f.small_mask(gate, 0, n, bits)
+        let mut t = f.small_mask(gate, 0, n, sent);
+        t.iter_mut().for_each(|t| *t <<= meta.zeros);
+        t
     };
     let d: Vec<u64> = t
         .iter()
         .zip(f.ring(x).as_slice())
         .map(|(t, x)| t.wrapping_add(*x) & low_bits(bits))
         .collect();
-    let dealt = series.deal(&t, bits);
+    let dealt = Dealt::Words(series.deal(&t, bits));
     let one = |series: &Arc<Series>| {
-        let mut out = series.accumulate(&d, bits, scale, &dealt);
-        affine_part(series, Some(f.ring(x)), scale, true, &mut out);
-        let meta = output(f.meta(x), series);
-        Ok(f.tensor(meta.clone(), Ring::new(meta.dims, out)?))
+        let layout = Layout::new(meta, series, form)?;
+        let share = |x: Option<&Ring>, dealt: &Dealt| layout.share(meta, series, (&d, bits), x, dealt, true);
+        let mut out = share(Some(f.ring(x)), &dealt)?;
+        if layout.rounded > 0 {
+            let first = f.first_of_dealt((gate, 1), 2 * series.harmonics() * n, layout.dealt);
+            out = rounded_sum(&out, share(None, &Dealt::Words(first))?, layout.rounded)?;
+        }
+        Ok(f.tensor(layout.meta, out))
     };
     all.iter().map(one).collect()
 }

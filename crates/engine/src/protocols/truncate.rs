@@ -11,6 +11,8 @@
 //! - **Faithful form**: the borrow is a comparison key of f bits, evaluated on the same opening: exactly floor. For
 //!   values that are revealed.
 //!
+//! Zeros of x ([`Meta::zeros`]) are zeros of r too: they are not sent, and below 2^f nothing is left to be rounded.
+//!
 //! Bytes each way: 8 an element, if not open yet. Dealer to the second party: 8 bytes and f bits an element; faithful:
 //! also a key of f bits to both. (Escudero et al. 2020, Damgard et al. 2019 for dealer-aided truncation.) Shares are
 //! never truncated locally: that fails by 2^(64-f) with probability |x| / 2^63.
@@ -18,7 +20,7 @@
 use veiltune_fss::dcf;
 use veiltune_ring::Ring;
 
-use super::carried::{Carried, OffCarried};
+use super::carried::{Carried, OffCarried, Traced};
 use super::product::take;
 use crate::fixed::{Fixed, FixedTensor};
 use crate::gates::{Gates, LIMIT_BITS, Meta};
@@ -73,6 +75,7 @@ fn output(x: &Meta, bits: u32) -> Result<Meta> {
         dims: x.dims.clone(),
         scale: x.scale - bits,
         owner,
+        zeros: x.zeros.saturating_sub(bits),
     })
 }
 
@@ -101,7 +104,7 @@ pub(crate) fn offline(o: &Offline, xs: &[(&OffTensor, u32)], mode: Mode) -> Resu
                     Ring::zeros([0])
                 };
                 let r = mask.as_slice();
-                o.deal("truncate", (gate, 0), n, 64, || {
+                o.deal_as("truncate", (gate, 0), &meta, || {
                     Ok(r.iter().map(|r| r >> bits).collect())
                 })?;
                 o.deal("truncate", (gate, 1), n, bits, || {
@@ -137,6 +140,21 @@ pub(crate) fn offline(o: &Offline, xs: &[(&OffTensor, u32)], mode: Mode) -> Resu
         .collect()
 }
 
+/// A party's share of the result without its borrow: from the opened value with its offset, and shares of r >> f and of m.
+fn share_of_result(c: &Ring, bits: u32, shifted: &[u64], carries: Vec<u64>, first: bool) -> Vec<u64> {
+    let mut out = carries;
+    for ((o, r), c) in out.iter_mut().zip(shifted).zip(c.as_slice()) {
+        let carry = if c >> 63 == 0 { *o << (64 - bits) } else { 0 };
+        let public = if first {
+            (c >> bits).wrapping_sub(OFFSET >> bits)
+        } else {
+            0
+        };
+        *o = public.wrapping_sub(*r).wrapping_add(carry);
+    }
+    out
+}
+
 pub(crate) fn online(p: &Online, xs: &[(&Share, u32)], mode: Mode) -> Result<Vec<Share>> {
     let secret = |x: &Share| p.meta(x).owner != Owner::Public;
     p.open_for(
@@ -154,18 +172,9 @@ pub(crate) fn online(p: &Online, xs: &[(&Share, u32)], mode: Mode) -> Result<Vec
             let (_, mut material) = p.gate()?;
             let c = p.masked(x)?.add_scalar(OFFSET);
             let shifted = take(&mut material.words)?;
-            let mut out = take(&mut material.words)?; // shares of m, overwritten by the result
-            let first = p.is_first();
-            let carry = (mode == Mode::Carried).then(|| out.clone());
-            for ((o, r), c) in out.iter_mut().zip(&shifted).zip(c.as_slice()) {
-                let carry = if c >> 63 == 0 { *o << (64 - bits) } else { 0 };
-                let public = if first {
-                    (c >> bits).wrapping_sub(OFFSET >> bits)
-                } else {
-                    0
-                };
-                *o = public.wrapping_sub(*r).wrapping_add(carry);
-            }
+            let carries = take(&mut material.words)?;
+            let carry = (mode == Mode::Carried).then(|| carries.clone());
+            let mut out = share_of_result(&c, bits, &shifted, carries, p.is_first());
             if mode == Mode::Faithful {
                 let (roots, keys) = take(&mut material.keys)?;
                 let low: Vec<u64> = c.as_slice().iter().map(|c| c & low_bits(bits)).collect();
@@ -198,8 +207,9 @@ pub(crate) fn fixed(f: &Fixed, xs: &[(&FixedTensor, u32)], mode: Mode) -> Result
         .map(|&(x, bits)| {
             let meta = output(f.meta(x), bits)?;
             let mut value = public_shift(f.ring(x), bits);
+            let mut carried = None;
             if secret(x) {
-                f.gate();
+                let gate = f.gate();
                 if mode != Mode::Faithful {
                     let mask = f.mask(x);
                     let low = low_bits(bits);
@@ -213,8 +223,18 @@ pub(crate) fn fixed(f: &Fixed, xs: &[(&FixedTensor, u32)], mode: Mode) -> Result
                         *v = v.wrapping_add(u64::from(carry));
                     }
                 }
+                if mode == Mode::Carried {
+                    let c = f.ring(x).add(&f.mask(x))?.add_scalar(OFFSET);
+                    let mut shifted = f.first_of_dealt((gate, 0), meta.len(), meta.bits());
+                    shifted.iter_mut().for_each(|r| *r <<= meta.zeros);
+                    let carries = f.first_of_dealt((gate, 1), meta.len(), bits);
+                    let first = share_of_result(&c, bits, &shifted, carries.clone(), true);
+                    carried = Some(Traced {
+                        carried: Carried::truncated(&c, OFFSET, bits, carries)?,
+                        share: Some(Ring::new(meta.dims.clone(), first)?),
+                    });
+                }
             }
-            let carried = (mode == Mode::Carried && secret(x)).then(|| vec![bits]);
             Ok(f.carrying(meta, value, carried))
         })
         .collect()

@@ -43,6 +43,10 @@ pub enum Op {
     Argmax,
     Activation(Activation, Range),
     ActivationOfProduct(Activation, Range),
+    /// Of 49 fractional bits: the gate's result is truncated, not its input.
+    ActivationOfFineProduct(Activation, Range),
+    /// GELU of a linear layer of a normalised product, and another linear layer: what zeros do on their way.
+    Mlp(NormSpec, Range),
     Turns,
     TurnsOfProduct,
     Softmax(SoftmaxSpec),
@@ -194,6 +198,14 @@ impl OpProgram<'_> {
             Op::ActivationOfProduct(f, range) => {
                 let p = b.mul(&xs[0], &b.scale(&xs[1], 0.125)?)?;
                 b.activation(&p, f, range)?
+            }
+            Op::ActivationOfFineProduct(f, range) => {
+                b.activation(&b.mul(&b.scale(&xs[0], 0.3)?, &xs[1])?, f, range)?
+            }
+            Op::Mlp(spec, range) => {
+                let x = b.normalize(&b.mul(&b.scale(&xs[0], 0.3)?, &xs[1])?, &spec)?;
+                let y = b.activation(&b.linear(&x, &weights[0], None)?, Activation::Gelu, range)?;
+                b.linear(&y, &weights[0], None)?
             }
             Op::Softmax(spec) => b.softmax(&xs[0], &spec)?,
             Op::Reciprocal(range) => b.reciprocal(&xs[0], range)?,

@@ -112,6 +112,27 @@ proptest! {
     }
 
     #[test]
+    fn activations_of_fine_products(n in 0usize..600, a in who(), seed: u64) {
+        use Activation::*;
+        for (f, bound) in [(Gelu, 6.4), (Gelu, 12.8), (Silu, 12.0), (Tanh, 6.0), (Sigmoid, 12.0), (Exp, 2.0)] {
+            let x = Case::input(a, &[n], uniform(seed, bound));
+            let y = Case::input(a, &[n], uniform(seed + 1, 3.3));
+            // 15 bits of the 0.3.
+            check(Op::ActivationOfFineProduct(f, Range::Within(bound)), &[x, y], 6e-4)?;
+        }
+    }
+
+    #[test]
+    fn zeros_on_their_way(rows in 1usize..4, a in who(), w in who(), seed: u64) {
+        let width = 32;
+        let x = Case::input(a, &[rows, width], uniform(seed, 2.0));
+        let one = Case::input(a, &[width], vec![1.0; width]);
+        let w = Case::weight(w, &[width, width], uniform(seed + 1, 0.3));
+        let norm = NormSpec { kind: NormKind::Layer, eps: 1e-6, sigma: (0.1, 1.5) };
+        check(Op::Mlp(norm, Range::Within(6.4)), &[x, one, w], 4e-3)?;
+    }
+
+    #[test]
     fn turns(n in 0usize..600, a in who(), seed: u64) {
         // Any angle; an input's last bit is 2^-16 of a turn.
         let x = Case::input(a, &[n], uniform(seed, 40.0));
@@ -222,6 +243,27 @@ fn extremes() -> Result<(), TestCaseError> {
         check(Op::Normalize(norm), &[Case::input(who, &[1, 64], row)], 2e-3)?;
     }
     Ok(())
+}
+
+#[test]
+fn what_is_dealt_in_several_pieces() -> Result<(), TestCaseError> {
+    let x = Case::input(Who::Shared, &[3001], uniform(9, 6.0));
+    let one = Case::input(Who::Shared, &[3001], vec![3.0; 3001]);
+    let range = Range::Within(6.4);
+    check(
+        Op::Activation(Activation::Gelu, range),
+        std::slice::from_ref(&x),
+        4e-4,
+    )?;
+    check(Op::Turns, std::slice::from_ref(&x), 4e-4)?;
+    check(
+        Op::ActivationOfFineProduct(Activation::Gelu, range),
+        &[x.clone(), one],
+        6e-4,
+    )?;
+    // More than are dealt at a time of any value.
+    let x = Case::input(Who::Shared, &[5, 3600], uniform(10, 8.0).repeat(5));
+    check(Op::Square, &[x], 16.0 * ULP)
 }
 
 #[test]

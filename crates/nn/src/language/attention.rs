@@ -69,6 +69,8 @@ struct Trials {
 const SHRUNK: f64 = 0.125;
 /// Features times tokens up to which a sum stays in range.
 const SUMMED: usize = 1 << 15;
+/// Fractional bits of a reciprocal whose product with a truncated value a linear layer takes as it is.
+const FRACTION: u32 = 18;
 /// What a search takes off masked scores.
 const MASK_OF_TRIALS: f64 = 1e4;
 /// What is tried. A higher one lets attention be sharper, and its estimate is noisier.
@@ -442,7 +444,14 @@ impl Rfa {
             // Padding before the text may attend to nothing. No text reads it, but it must not divide by zero.
             sum = b.add(&sum, &absent)?;
         }
-        b.scale(&b.mul(&numerator, &b.reciprocal(&sum, self.sum)?)?, count)
+        let reciprocal = b.reciprocal(&sum, self.sum)?;
+        // Where sums are large, numerators are too, and reciprocals have the more fractional bits: a power of two from one to the
+        // other leaves their product with no more than a linear layer takes.
+        let excess = b.fractional_bits(&reciprocal).saturating_sub(FRACTION) as i32;
+        let shift = excess.min(self.sum.0.log2() as i32 + 1).max(0);
+        let numerator = b.scale(&numerator, 2f64.powi(-shift))?;
+        let reciprocal = b.scale(&reciprocal, 2f64.powi(shift))?;
+        b.scale(&b.mul(&numerator, &reciprocal)?, count)
     }
 
     /// sin and cos of the projections of normalised rows: `[.., width]` to `[.., 2 features]`.
