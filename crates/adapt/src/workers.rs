@@ -8,7 +8,7 @@ use crate::{Error, Result};
 ///
 /// Products are split over the thread pool that they are asked for in. In training they are so small that threads would wait
 /// for each other most of the time, so each worker is a pool of one thread: a product stays where it was asked for. For what
-/// the tensor library splits in a pool of its own, see [`restart_unsplit`].
+/// the tensor library splits in a pool of its own, see [`UNSPLIT`].
 pub struct Workers(Vec<ThreadPool>);
 
 impl Workers {
@@ -60,22 +60,27 @@ impl Workers {
     }
 }
 
-/// Makes this process one whose tensor library splits nothing, if it is not; to be called first of all in `main` of a program
-/// that computes on [`Workers`] alone.
+/// What a program that computes on [`Workers`] alone has in its environment: its tensor library then splits nothing. The library's
+/// threads spin while they wait, so without this training takes twice the processor time. Results are the same.
+pub const UNSPLIT: (&str, &str) = ("RAYON_NUM_THREADS", "1");
+
+/// Makes this process one whose environment has a value for each of these names; to be called first of all in `main`.
 ///
-/// The library takes the number of its threads from the environment, which a program cannot change safely once it runs: it is
-/// started again, in the same process where the system can do that. Its threads spin while they wait, so without this
-/// training takes twice the processor time. Results are the same; if the start fails, the program just goes on.
-pub fn restart_unsplit() {
-    const THREADS: &str = "RAYON_NUM_THREADS";
-    if std::env::var_os(THREADS).is_some() {
-        return;
-    }
-    let Ok(program) = std::env::current_exe() else {
+/// Libraries take settings from the environment, which a program cannot change safely once it runs: it is started again with what
+/// is missing, in the same process where the system can do that. What the user has set stays. If the start fails, the program
+/// just goes on.
+pub fn restart_with(wanted: &[(&str, &str)]) {
+    let missing: Vec<_> = wanted
+        .iter()
+        .filter(|(name, _)| std::env::var_os(name).is_none())
+        .collect();
+    let (false, Ok(program)) = (missing.is_empty(), std::env::current_exe()) else {
         return;
     };
     let mut again = std::process::Command::new(program);
-    again.args(std::env::args_os().skip(1)).env(THREADS, "1");
+    again
+        .args(std::env::args_os().skip(1))
+        .envs(missing.into_iter().copied());
     #[cfg(unix)]
     // Returns only if it failed.
     let _ = std::os::unix::process::CommandExt::exec(&mut again);

@@ -27,6 +27,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
+use veiltune_adapt::workers;
 
 use error::{Error, Result};
 
@@ -34,6 +35,10 @@ use error::{Error, Result};
 /// cost more than the arithmetic.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Milliseconds for which the allocator keeps freed memory, ten times as long for large blocks: a pass gives back and takes again
+/// the same buffers layer by layer, and the kernel clears fresh pages at the price of the pass's own arithmetic.
+const KEEP_FREED_MEMORY: (&str, &str) = ("MIMALLOC_PURGE_DELAY", "10000");
 
 /// Private classification: one side's images or texts, another side's adapter, and neither sees the other's.
 ///
@@ -141,12 +146,14 @@ enum Bench {
 
 fn main() -> ExitCode {
     let command = Cli::parse().command;
+    let mut environment = vec![KEEP_FREED_MEMORY];
     if matches!(
         command,
         Command::Train(_) | Command::Search(_) | Command::Evaluate(_)
     ) {
-        veiltune_adapt::workers::restart_unsplit();
+        environment.push(workers::UNSPLIT);
     }
+    workers::restart_with(&environment);
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
     tracing_subscriber::fmt()
         .with_env_filter(filter)

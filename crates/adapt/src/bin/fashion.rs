@@ -115,7 +115,7 @@ struct Shape {
 }
 
 fn main() {
-    veiltune_adapt::workers::restart_unsplit();
+    veiltune_adapt::workers::restart_with(&[veiltune_adapt::workers::UNSPLIT]);
     if let Err(e) = run(Cli::parse().command) {
         eprintln!("fashion: {e}");
         std::process::exit(1);

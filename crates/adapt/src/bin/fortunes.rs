@@ -226,7 +226,7 @@ const TEMPLATE: &str = "{prompt} {text} subject : {mask} .";
 const LABELS: [&str; CLASSES] = ["computer", "food", "government"];
 
 fn main() {
-    veiltune_adapt::workers::restart_unsplit();
+    veiltune_adapt::workers::restart_with(&[veiltune_adapt::workers::UNSPLIT]);
     let done = match Cli::parse().command {
         Command::Make(make) => make.run(),
         Command::Evaluate(measure) => measure.run(),
