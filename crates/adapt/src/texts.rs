@@ -7,8 +7,7 @@ use veiltune_tune::Example;
 
 use crate::Result;
 
-/// Labelled texts, as the words of one encoder.
-#[derive(Clone, Debug)]
+/// Labelled texts, as the words of one encoder. Secret of whoever trains, hence without a debug print.
 pub struct Texts {
     words: Vec<Words>,
     labels: Vec<u32>,

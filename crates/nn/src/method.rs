@@ -25,7 +25,7 @@ pub struct Read {
     pub centred: bool,
 }
 
-/// What the client computes from a picture in the clear.
+/// What the client computes from a picture or a text in the clear.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum State {
     /// The patches' pixels, `[patches, channels * size * size]`: no backbone is run.
@@ -39,7 +39,7 @@ pub enum State {
 pub enum Tokens {
     /// All of them.
     All,
-    /// The class token, which is the first.
+    /// The class token, or what else stands for the whole picture or text: the first.
     Class,
 }
 
