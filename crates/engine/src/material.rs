@@ -340,7 +340,7 @@ pub(crate) struct Material {
 /// A party's shares of many dealt values of so many bits, as short as they come.
 pub(crate) enum Dealt {
     /// The first party's.
-    Stream(Prg, u32),
+    Stream(Box<Prg>, u32),
     /// The second party's.
     Packed(Vec<u8>, u32),
     /// As they are, for the fixed-point interpreter.
@@ -352,7 +352,7 @@ impl Dealt {
     pub fn read(&self, first: usize, out: &mut [u64]) {
         match self {
             Dealt::Stream(prg, bits) => {
-                let mut prg = prg.clone();
+                let mut prg = Prg::clone(prg);
                 prg.skip_bits(first as u64, *bits);
                 prg.fill_bits(out, *bits);
             }

@@ -643,7 +643,7 @@ impl Offline {
                 party, seed, source, ..
             } => {
                 let dealt = match party {
-                    Party::P0 => Dealt::Stream(Prg::new(seed, gate, slot), bits),
+                    Party::P0 => Dealt::Stream(Box::new(Prg::new(seed, gate, slot)), bits),
                     Party::P1 => {
                         let mut packed = vec![0; bytes];
                         // In the pieces in which it is put.

@@ -167,7 +167,7 @@ impl Prg {
             _ => panic!("a word has 64 bits"),
         };
         assert!(
-            (self.position + first * bytes) % BLOCK == 0,
+            (self.position + first * bytes).is_multiple_of(BLOCK),
             "a piece of a stream starts with a block"
         );
         self.seek((self.position + first * bytes) / BLOCK);
