@@ -386,10 +386,12 @@ pub fn interruptible() -> Result<Arc<AtomicBool>> {
     let set = flag.clone();
     ctrlc::set_handler(move || {
         // Who insists does not wait for the next safe point.
-        if set.swap(true, Relaxed) {
+        if set.load(Relaxed) {
             std::process::exit(130);
         }
+        // Said first: the safe point may be at once, and what is said there comes last.
         eprintln!("veiltune: stopping at the next safe point; interrupt again to stop at once");
+        set.store(true, Relaxed);
     })
     .map_err(|e| Error::io("catching interruptions")(std::io::Error::other(e)))?;
     Ok(flag)
