@@ -120,7 +120,7 @@ impl Source for LinkSource {
     }
 }
 
-const MAGIC: &[u8; 16] = b"veiltune-mat-v2\n";
+const MAGIC: &[u8; 16] = b"veiltune-mat-v3\n";
 const HEADER: usize = 16 + 1 + 32 + 16 + 16;
 
 /// What a material file is for.

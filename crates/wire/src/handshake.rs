@@ -10,7 +10,7 @@ use crate::{
 };
 
 /// Version of everything that parties say to each other. Sides of different versions do not talk.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 
 /// What one side says about itself. Nothing in it is secret.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -387,7 +387,7 @@ macro_rules! assert_mismatch {
 
 #[test]
 fn each_mismatch_has_its_own_error_on_both_sides() {
-    assert_mismatch!(|hello| hello.version = 99, VersionMismatch, "2", "99");
+    assert_mismatch!(|hello| hello.version = 99, VersionMismatch, "3", "99");
     assert_mismatch!(
         |hello| hello.session[15] = 8,
         SessionMismatch,
