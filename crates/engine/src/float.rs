@@ -4,11 +4,13 @@
 //! the processor may have. Candle's own elementwise operations hand each call to threads that spin at a barrier: on a
 //! machine with anything else to do they are slower than one thread.
 
+use std::f64::consts::TAU;
 use std::mem::MaybeUninit;
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
+use crate::series::Series;
 use crate::{Activation, NormKind, NormSpec};
 
 /// Numbers that a piece of work should have: 16 KiB, half a first-level cache.
@@ -301,6 +303,204 @@ impl CustomOp2 for SmoothGradient {
     }
 }
 
+/// An activation as private interpreters compute it: its series, beyond the range too.
+#[derive(Clone)]
+pub(crate) struct Fourier {
+    period: f64,
+    guard: Option<Guard>,
+    value: Waves,
+    slope: Waves,
+}
+
+/// linear x + constant + sum_k cos[k] cos(k t) + sin[k] sin(k t), for k = 1, 2, ...; without coefficients where all are zero.
+#[derive(Clone)]
+struct Waves {
+    linear: f64,
+    constant: f64,
+    cos: Vec<f64>,
+    sin: Vec<f64>,
+}
+
+/// Beyond the bound the function stays what it is there, or goes on as max(x, 0) does.
+#[derive(Clone, Copy)]
+pub(crate) struct Guard {
+    pub bound: f64,
+    pub grows: bool,
+}
+
+impl Fourier {
+    pub fn new(s: &Series, guard: Option<Guard>) -> Self {
+        Fourier::of(s.period, guard, (s.linear, s.constant), (&s.cos, &s.sin))
+    }
+
+    /// sin(2 pi x) and cos(2 pi x).
+    pub fn turns() -> [Fourier; 2] {
+        [(&[0.0], &[1.0]), (&[1.0], &[0.0])].map(|(cos, sin)| Fourier::of(1.0, None, (0.0, 0.0), (cos, sin)))
+    }
+
+    fn of(
+        period: f64,
+        guard: Option<Guard>,
+        (linear, constant): (f64, f64),
+        (cos, sin): (&[f64], &[f64]),
+    ) -> Self {
+        let unless_zero = |c: Vec<f64>| match c.iter().any(|c| *c != 0.0) {
+            true => c,
+            false => Vec::new(),
+        };
+        let sloped = |c: &[f64], sign: f64| {
+            let factors = (1..).map(|k| sign * f64::from(k) * TAU / period);
+            unless_zero(c.iter().zip(factors).map(|(c, factor)| factor * c).collect())
+        };
+        Fourier {
+            period,
+            guard,
+            value: Waves {
+                linear,
+                constant,
+                cos: unless_zero(cos.to_vec()),
+                sin: unless_zero(sin.to_vec()),
+            },
+            slope: Waves {
+                linear: 0.0,
+                constant: linear,
+                cos: sloped(sin, 1.0),
+                sin: sloped(cos, -1.0),
+            },
+        }
+    }
+}
+
+impl CustomOp1 for Fourier {
+    fn name(&self) -> &'static str {
+        "fourier"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
+        let x = slice(x, l)?;
+        let y = build(x.len(), 1, |start, out| {
+            fourier(&x[start..start + out.len()], None, out, self);
+        });
+        Ok((CpuStorage::F32(y), l.shape().clone()))
+    }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, g: &Tensor) -> Result<Option<Tensor>> {
+        let gradient = FourierGradient(self.clone());
+        Ok(Some(x.apply_op2_no_bwd(&g.contiguous()?, &gradient)?))
+    }
+}
+
+/// g f'(x), from x and g.
+struct FourierGradient(Fourier);
+
+impl CustomOp2 for FourierGradient {
+    fn name(&self) -> &'static str {
+        "fourier-gradient"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        lx: &Layout,
+        g: &CpuStorage,
+        lg: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (x, g) = (slice(x, lx)?, slice(g, lg)?);
+        let dx = build(x.len(), 1, |start, out| {
+            let end = start + out.len();
+            fourier(&x[start..end], Some(&g[start..end]), out, &self.0);
+        });
+        Ok((CpuStorage::F32(dx), lx.shape().clone()))
+    }
+}
+
+/// Numbers whose harmonics are added up side by side.
+const LANES: usize = 32;
+
+vectorised! {
+    /// f(x), or, given g, g f'(x).
+    fn fourier(x: &[f32], g: Option<&[f32]>, out: &mut [f32], f: &Fourier) {
+        let (bound, grows) = f.guard.map_or((f64::INFINITY, false), |g| (g.bound, g.grows));
+        let waves = if g.is_none() { &f.value } else { &f.slope };
+        for (at, (x, out)) in x.chunks(LANES).zip(out.chunks_mut(LANES)).enumerate() {
+            let mut inside = [0f64; LANES];
+            for (inside, x) in inside.iter_mut().zip(x) {
+                let x = f64::from(*x);
+                let x = if x > bound { bound } else { x };
+                *inside = if x < -bound { -bound } else { x };
+            }
+            let mut turns = inside;
+            for turns in &mut turns {
+                *turns /= f.period;
+            }
+            let (sin, cos) = sin_cos_turns(&turns);
+            let mut y = [0f64; LANES];
+            let (u1, u2) = clenshaw(&waves.cos, &cos);
+            for i in 0..LANES {
+                y[i] = waves.linear * inside[i] + waves.constant + u1[i] * cos[i] - u2[i];
+            }
+            let (u1, _) = clenshaw(&waves.sin, &cos);
+            for i in 0..LANES {
+                y[i] += u1[i] * sin[i];
+            }
+            for (i, (x, out)) in x.iter().zip(out.iter_mut()).enumerate() {
+                let beyond = f64::from(*x) - inside[i];
+                let above = grows && beyond > 0.0;
+                *out = match g {
+                    None => (if above { y[i] + beyond } else { y[i] }) as f32,
+                    Some(g) => {
+                        let slope = match beyond == 0.0 {
+                            true => y[i],
+                            false => f64::from(u8::from(above)),
+                        };
+                        g[at * LANES + i] * slope as f32
+                    }
+                };
+            }
+        }
+    }
+}
+
+/// The last two terms U1 and U2 of Clenshaw's recurrence: sum_k c[k] cos(k t) is U1 cos(t) - U2, sum_k c[k] sin(k t) is U1 sin(t).
+#[inline(always)]
+fn clenshaw(c: &[f64], cos: &[f64; LANES]) -> ([f64; LANES], [f64; LANES]) {
+    let (mut u1, mut u2) = ([0f64; LANES], [0f64; LANES]);
+    for c in c.iter().rev() {
+        for i in 0..LANES {
+            (u1[i], u2[i]) = (c + 2.0 * cos[i] * u1[i] - u2[i], u1[i]);
+        }
+    }
+    (u1, u2)
+}
+
+/// Sine and cosine of so many turns, to 1e-11: Taylor series around the nearest whole turn.
+#[inline(always)]
+fn sin_cos_turns(turns: &[f64; LANES]) -> ([f64; LANES], [f64; LANES]) {
+    const ROUND: f64 = 6_755_399_441_055_744.0; // 1.5 * 2^52: adding it leaves no fraction
+    const TERMS: [f64; 13] = [
+        26.0, 24.0, 22.0, 20.0, 18.0, 16.0, 14.0, 12.0, 10.0, 8.0, 6.0, 4.0, 2.0,
+    ];
+    let (mut angle, mut square) = ([0f64; LANES], [0f64; LANES]);
+    for i in 0..LANES {
+        angle[i] = (turns[i] - ((turns[i] + ROUND) - ROUND)) * TAU;
+        square[i] = -angle[i] * angle[i];
+    }
+    let (mut sin, mut cos) = ([0f64; LANES], [0f64; LANES]);
+    // 1 - x^2 / (2 * 3) (1 - x^2 / (4 * 5) (...)), and with one less in each factor for the cosine.
+    for k in TERMS {
+        let (odd, even) = (1.0 / (k * (k + 1.0)), 1.0 / (k * (k - 1.0)));
+        for i in 0..LANES {
+            sin[i] = (1.0 + sin[i]) * (square[i] * odd);
+            cos[i] = (1.0 + cos[i]) * (square[i] * even);
+        }
+    }
+    for i in 0..LANES {
+        sin[i] = angle[i] * (1.0 + sin[i]);
+        cos[i] += 1.0;
+    }
+    (sin, cos)
+}
+
 /// Softmax over the last dimension.
 pub(crate) struct Softmax;
 
@@ -511,6 +711,51 @@ mod tests {
             sum += term;
         }
         1.0 - 2.0 * scale * sum
+    }
+
+    #[test]
+    fn a_series_and_its_slope_are_their_sums() {
+        let x: Vec<f32> = (-300..=300).map(|i| i as f32 / 10.0 + 0.01).collect();
+        for (f, bound, guarded) in [
+            (Activation::Gelu, 8.0, true),
+            (Activation::Silu, 12.0, false),
+            (Activation::Tanh, 4.0, true),
+        ] {
+            let s = Series::for_activation(f, bound).unwrap();
+            let grows = f != Activation::Tanh;
+            let fourier = Fourier::new(&s, guarded.then_some(Guard { bound, grows }));
+            let sums = |x: f64| {
+                let (mut value, mut slope) = (s.linear * x + s.constant, s.linear);
+                for (k, (a, b)) in s.cos.iter().zip(&s.sin).enumerate() {
+                    let step = (k + 1) as f64 * TAU / s.period;
+                    let (sin, cos) = (step * x).sin_cos();
+                    value += a * cos + b * sin;
+                    slope += step * (b * cos - a * sin);
+                }
+                (value, slope)
+            };
+            let (mut values, mut slopes) = (vec![0.0; x.len()], vec![0.0; x.len()]);
+            super::fourier(&x, None, &mut values, &fourier);
+            super::fourier(&x, Some(&vec![2.0; x.len()]), &mut slopes, &fourier);
+            for ((x, value), slope) in x.iter().map(|x| f64::from(*x)).zip(values).zip(slopes) {
+                let (mut wanted, mut rise) = sums(if guarded { x.clamp(-bound, bound) } else { x });
+                if guarded && x.abs() > bound {
+                    let above = grows && x > 0.0;
+                    wanted += if above { x - bound } else { 0.0 };
+                    rise = if above { 1.0 } else { 0.0 };
+                }
+                assert!(near(value, wanted, 4e-6), "{f:?} of {x}: {value} for {wanted}");
+                assert!(near(slope, 2.0 * rise, 4e-6), "{f:?}' of {x}: {slope} for {rise}");
+            }
+        }
+        let [sin, cos] = Fourier::turns();
+        let (mut s, mut c) = (vec![0.0; x.len()], vec![0.0; x.len()]);
+        super::fourier(&x, None, &mut s, &sin);
+        super::fourier(&x, None, &mut c, &cos);
+        for ((x, s), c) in x.iter().zip(s).zip(c) {
+            let (sin, cos) = (f64::from(*x) * TAU).sin_cos();
+            assert!(near(s, sin, 1e-7) && near(c, cos, 1e-7), "{x} turns");
+        }
     }
 
     #[test]

@@ -5,12 +5,10 @@
 //! from candle's elementary ones they would take most of a training step.
 
 use std::cell::{Cell, RefCell};
-use std::f64::consts::TAU;
-use std::sync::Arc;
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Device, Layout, Shape, Tensor};
 
-use crate::float::{self, Scale, Softmax, Sum, moments, slice, width};
+use crate::float::{self, Fourier, Guard, Scale, Softmax, Sum, moments, slice, width};
 use crate::product::{self, Columns};
 use crate::series::Series;
 use crate::{Activation, Backend, Error, NormSpec, Owner, Party, Range, Result, Revealed, SoftmaxSpec};
@@ -282,18 +280,16 @@ impl Backend for Plain {
         };
         let grows = matches!(f, Activation::Gelu | Activation::Silu);
         let guard = guarded.then_some(Guard { bound, grows });
-        let fourier = Fourier {
-            series: Series::for_activation(f, bound)?,
-            guard,
-        };
+        let fourier = Fourier::new(&*Series::for_activation(f, bound)?, guard);
         x.contiguous()
             .and_then(|x| x.apply_op1(fourier))
             .map_err(wrong("activation"))
     }
 
     fn turns(&self, x: &Tensor) -> Result<[Tensor; 2]> {
-        let angle = x.affine(std::f64::consts::TAU, 0.0)?;
-        Ok([angle.sin()?, angle.cos()?])
+        let x = x.contiguous()?;
+        let [sin, cos] = Fourier::turns();
+        Ok([x.apply_op1(sin)?, x.apply_op1(cos)?])
     }
 
     fn softmax(&self, x: &Tensor, _: &SoftmaxSpec) -> Result<Tensor> {
@@ -523,71 +519,6 @@ impl CustomOp2 for RowOp {
             RowOp::Mul => (&g * x)?.apply_op1_no_bwd(&Columns),
         });
         Ok((dx.transpose()?, dw.transpose()?))
-    }
-}
-
-/// An activation as private interpreters compute it: its series, beyond the range too.
-struct Fourier {
-    series: Arc<Series>,
-    guard: Option<Guard>,
-}
-
-/// Beyond the bound the function stays what it is there, or goes on as max(x, 0) does.
-struct Guard {
-    bound: f64,
-    grows: bool,
-}
-
-impl Fourier {
-    /// Value and slope.
-    fn at(&self, x: f64) -> (f64, f64) {
-        let Some(Guard { bound, grows }) = self.guard else {
-            return self.series(x);
-        };
-        let (value, slope) = self.series(x.clamp(-bound, bound));
-        match x {
-            _ if x.abs() <= bound => (value, slope),
-            _ if grows && x > bound => (value + (x - bound), 1.0),
-            _ => (value, 0.0),
-        }
-    }
-
-    fn series(&self, x: f64) -> (f64, f64) {
-        let s = &*self.series;
-        let step = TAU / s.period;
-        let (sin, cos) = (step * x).sin_cos();
-        let (mut value, mut slope) = (s.linear * x + s.constant, s.linear);
-        // (ck, sk) = (cos, sin) of k steps.
-        let (mut ck, mut sk) = (1.0, 0.0);
-        for (k, (a, b)) in s.cos.iter().zip(&s.sin).enumerate() {
-            (ck, sk) = (ck * cos - sk * sin, sk * cos + ck * sin);
-            value += a * ck + b * sk;
-            slope += (k + 1) as f64 * step * (b * ck - a * sk);
-        }
-        (value, slope)
-    }
-}
-
-impl CustomOp1 for Fourier {
-    fn name(&self) -> &'static str {
-        "fourier"
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, l: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let y = slice(x, l)?.iter().map(|&x| self.at(x.into()).0 as f32).collect();
-        Ok((CpuStorage::F32(y), l.shape().clone()))
-    }
-
-    fn bwd(&self, x: &Tensor, _: &Tensor, g: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        let slopes = x
-            .flatten_all()?
-            .to_vec1::<f32>()?
-            .into_iter()
-            .map(|x| self.at(x.into()).1 as f32)
-            .collect();
-        Ok(Some(
-            (Tensor::from_vec::<_, f32>(slopes, x.shape(), x.device())? * g)?,
-        ))
     }
 }
 
