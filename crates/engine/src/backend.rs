@@ -61,8 +61,13 @@ pub enum Range {
 /// Scores entering a softmax.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SoftmaxSpec {
-    /// Calibrated: |score| <= bound. At most 248; up to 24 takes fewer rounds.
+    /// Calibrated: |score| <= bound. At most [`SoftmaxSpec::WIDEST`]; up to 24 takes fewer rounds.
     pub bound: f64,
+}
+
+impl SoftmaxSpec {
+    /// Largest bound.
+    pub const WIDEST: f64 = 248.0;
 }
 
 /// Which normalisation.
@@ -83,8 +88,13 @@ pub struct NormSpec {
     pub kind: NormKind,
     /// Added to the variance.
     pub eps: f64,
-    /// Calibrated: sqrt(var + eps) lies in `sigma.0 ..= sigma.1`; the result is wrong outside. Ratio at most 2^10.
+    /// Calibrated: sqrt(var + eps) lies in `sigma.0 ..= sigma.1`; the result is wrong outside. Ratio at most [`NormSpec::RATIO`].
     pub sigma: (f64, f64),
+}
+
+impl NormSpec {
+    /// Largest sigma by smallest that fixed point has room for.
+    pub const RATIO: f64 = 1024.0;
 }
 
 /// A function that has a bounded-range Fourier approximation.

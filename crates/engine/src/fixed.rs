@@ -32,6 +32,8 @@ pub struct Fixed {
     seeds: [Seed; 2],
     next_gate: Cell<GateId>,
     next_parameter: Cell<GateId>,
+    /// Where the program is, for errors.
+    layer: RefCell<String>,
 }
 
 /// A fixed-point tensor in the clear.
@@ -58,6 +60,7 @@ impl Fixed {
             seeds,
             next_gate: Cell::new(0),
             next_parameter: Cell::new(PARAMETER_GATES),
+            layer: RefCell::default(),
         }
     }
 
@@ -160,19 +163,32 @@ impl Fixed {
         if x.as_slice().iter().all(|v| v.wrapping_add(limit) < 2 * limit) {
             return Ok(());
         }
-        Err(Error::Range {
+        let dims = x.dims();
+        Err(self.out_of_range(
             op,
-            detail: format!(
-                "a value reaches 2^{bits} in the ring (shape {:?}): scale the weights or inputs down, or calibrate a \
-                 wider range",
-                x.dims()
+            format!(
+                "a value reaches 2^{bits} in the ring (shape {dims:?}): scale the weights or inputs down, or calibrate a \
+                 wider range"
             ),
-        })
+        ))
+    }
+
+    /// The error of a bound that does not hold, with where the program is.
+    pub(crate) fn out_of_range(&self, op: &'static str, mut detail: String) -> Error {
+        let layer = self.layer.borrow();
+        if !layer.is_empty() {
+            detail = format!("in {layer}, {detail}");
+        }
+        Error::Range { op, detail }
     }
 }
 
 impl Gates for Fixed {
     type T = FixedTensor;
+
+    fn enter_layer(&self, name: &str) {
+        name.clone_into(&mut self.layer.borrow_mut());
+    }
 
     fn meta<'a>(&self, x: &'a FixedTensor) -> &'a Meta {
         &x.0.meta

@@ -215,10 +215,7 @@ pub(crate) fn fixed(f: &Fixed, x: &FixedTensor, spec: &CoarseMax) -> Result<Fixe
                     "a score is outside {} ..= {}; calibrate a wider bound",
                     spec.low, -spec.low
                 );
-                return Err(Error::Range {
-                    op: "softmax",
-                    detail,
-                });
+                return Err(f.out_of_range("softmax", detail));
             }
             let c = offset.wrapping_add(*t) & low_bits(bits);
             top = top.max((c >> shift).wrapping_sub(t >> shift) % BUCKETS as u64);

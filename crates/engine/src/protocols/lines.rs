@@ -171,7 +171,7 @@ pub(crate) fn fixed(f: &Fixed, x: &FixedTensor, spec: &Arc<Lines>) -> Result<Fix
             "a value is negative or reaches 2^{}; calibrate a wider range",
             spec.bits
         );
-        return Err(Error::Range { op: "lines", detail });
+        return Err(f.out_of_range("activation", detail));
     }
     f.open_for(&[(x, BOTH)])?;
     f.gate();

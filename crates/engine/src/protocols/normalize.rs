@@ -23,10 +23,13 @@ use super::inverse::power;
 /// (x - mean) / sigma, or x / rms, of each row; see the module.
 pub fn normalize<G: Gates>(g: &G, x: &G::T, spec: &NormSpec) -> Result<G::T> {
     let (low, high) = spec.sigma;
-    if !(low > 0.0 && low < high && high <= 1024.0 * low && high.is_finite()) {
+    if !(low > 0.0 && low < high && high <= NormSpec::RATIO * low && high.is_finite()) {
         return Err(Error::program(
             "normalize",
-            format!("sigma {low} ..= {high}: calibrate a positive range of ratio at most 1024"),
+            format!(
+                "sigma {low} ..= {high}: calibrate a positive range of ratio at most {}",
+                NormSpec::RATIO
+            ),
         ));
     }
     let dim = last_dim(g, x, "normalize")?;

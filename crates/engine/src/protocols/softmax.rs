@@ -33,8 +33,6 @@ use super::trigonometric::Form;
 
 /// Largest bound at which the exponentials of a row fit one Fourier sum.
 const NARROW: f64 = 24.0;
-/// Largest bound at all.
-const WIDE: f64 = 248.0;
 /// Fractional bits of an exponential.
 const EXP_BITS: u32 = 24;
 /// Scores so far below the largest are raised: what they add to a sum is at most exp(-NEGLIGIBLE) of it, each.
@@ -42,10 +40,10 @@ const NEGLIGIBLE: f64 = 16.0;
 
 /// Softmax of each row; see the module.
 pub fn softmax<G: Gates>(g: &G, x: &G::T, spec: &SoftmaxSpec) -> Result<G::T> {
-    if !(spec.bound > 0.0 && spec.bound <= WIDE) {
+    if !(spec.bound > 0.0 && spec.bound <= SoftmaxSpec::WIDEST) {
         return Err(Error::program(
             "softmax",
-            format!("the bound {} is outside 0 .. {WIDE}", spec.bound),
+            format!("the bound {} is outside 0 .. {}", spec.bound, SoftmaxSpec::WIDEST),
         ));
     }
     let dim = last_dim(g, x, "softmax")?;

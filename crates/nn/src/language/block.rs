@@ -19,8 +19,8 @@ pub(crate) struct Block<B: Backend> {
 
 /// Where the norms are.
 enum Order<B: Backend> {
-    /// With the change of the stream's scale.
-    Before { rescale: f64 },
+    /// With the change of the stream's scale, and whether that takes more bits than fixed point has.
+    Before { rescale: f64, cut: bool },
     /// With the gains of a folded model that residuals still need: of the norm before this layer (the first has none), and of the
     /// one after the attention.
     After { gains: [Option<B::Weight>; 2] },
@@ -40,6 +40,7 @@ impl<B: Backend> Block<B> {
         let order = match c.family {
             Family::Llama => Order::Before {
                 rescale: stream / index.checked_sub(1).map_or(1.0, |i| c.stream(i)),
+                cut: c.stream_is_cut(index),
             },
             _ if !c.folded => Order::After { gains: [None, None] },
             _ => Order::After {
@@ -68,8 +69,9 @@ impl<B: Backend> Block<B> {
         };
         let [norm1, norm2] = &self.norms;
         match &self.order {
-            Order::Before { rescale } => {
+            Order::Before { rescale, cut } => {
                 let x = &scaled(b, x.clone(), *rescale)?;
+                let x = &if *cut { b.trim(x)? } else { x.clone() };
                 let mixed = self.attention.forward(b, &norm1.forward(b, x)?, scene, only)?;
                 let x = b.add(&rows(x)?, &mixed)?;
                 b.add(&x, &self.mlp.forward(b, &norm2.forward(b, &x)?)?)

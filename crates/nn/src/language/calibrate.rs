@@ -8,9 +8,9 @@ use crate::{Error, Result as ModelResult};
 
 /// How often temperatures are lowered, by half each time, until all denominators are positive.
 const ATTEMPTS: usize = 8;
-/// A denominator must be at least this part of the largest: its reciprocal is computed on a bounded range, and what is near zero
-/// is noise.
-const LEAST: f64 = 1.0 / 4096.0;
+/// A denominator must be at least this part of the largest: random features sum to zero and below where a query is far from all
+/// keys, which other texts come nearer to than those that are seen.
+const LEAST: f64 = 1.0 / 32.0;
 
 impl LanguageCheckpoint {
     /// `config` with ranges that hold what `pass` shows, widened by `margin` on both sides. `pass` runs `embed`, `forward` or `hidden`

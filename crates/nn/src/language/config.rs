@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 use veiltune_engine::plain::{Site, Verb};
-use veiltune_engine::{Activation, NormKind, NormSpec, Range};
+use veiltune_engine::{Activation, NormKind, NormSpec, Range, SoftmaxSpec};
 
 use crate::{Error, Result};
 
@@ -188,9 +188,12 @@ const MASKED: f64 = 12.0;
 const PLAIN_RANGE: f64 = 12.0;
 /// Where a guard sets in. SiLU is further from its asymptotes than GELU is: 3e-5 at 13.
 const GUARDED: (f64, f64) = (8.0, 13.0);
-/// Largest entry of a residual stream, and the most that it may be divided by to get there: fixed point has room for 50 fractional
-/// bits and values below 2^12, and values come with 46 bits.
-const STREAM: (f64, u32) = (2048.0, 4);
+/// Largest entry of a residual stream, and the most that it may be divided by to get there, as a power of two: fixed point has
+/// room for 50 fractional bits and values below 2^12. The first token of a causal model may have entries of 100,000 (Sun et al.,
+/// "Massive activations in large language models", COLM 2024).
+const STREAM: (f64, u32) = (2048.0, 8);
+/// The most that a stream may be divided by without being truncated: a product's result comes with 46 fractional bits.
+const FREE: u32 = 4;
 
 impl AttentionRanges {
     fn unknown(kind: Attention, groups: usize, eps: f64) -> Self {
@@ -340,6 +343,12 @@ impl LanguageConfig {
         0.5f64.powi(self.layers[index].stream as i32)
     }
 
+    /// Whether the stream has to be truncated where it becomes that of layer `index`.
+    pub(crate) fn stream_is_cut(&self, index: usize) -> bool {
+        let stream = |i: usize| self.layers[i].stream;
+        stream(index) > FREE.max(index.checked_sub(1).map_or(0, stream))
+    }
+
     /// Query heads for each head of keys and values.
     pub(crate) fn heads_per_group(&self) -> usize {
         self.num_attention_heads / self.num_key_value_heads
@@ -483,7 +492,15 @@ impl Seen<'_> {
 
     fn range(&mut self, verb: Verb) -> Result<(f64, f64)> {
         match self.next(verb)?.range {
-            Some((low, high)) if low > 0.0 && high.is_finite() => Ok((low / self.margin, high * self.margin)),
+            Some((low, high)) if low > 0.0 && high.is_finite() => {
+                // Where a token's massive activations take most of the room of a norm, the rest is for the margin.
+                let most = match verb {
+                    Verb::Normalize => (0.999 * NormSpec::RATIO * low / high).sqrt().max(1.0),
+                    _ => f64::INFINITY,
+                };
+                let margin = self.margin.min(most);
+                Ok((low / margin, high * margin))
+            }
             range => Err(Error::Config(format!(
                 "calibration saw the range {range:?} of {verb:?}, which must be positive"
             ))),
@@ -509,7 +526,10 @@ impl Seen<'_> {
     fn attention(&mut self, ranges: &mut AttentionRanges) -> Result<()> {
         match ranges {
             AttentionRanges::Softmax { bound, mask } => {
-                (*bound, *mask) = masked(self.next(Verb::Softmax)?.input * self.margin);
+                let seen = self.next(Verb::Softmax)?.input;
+                // Masked scores take as much room again.
+                let most = 0.5 * (SoftmaxSpec::WIDEST - MASKED);
+                (*bound, *mask) = masked(seen * self.margin.min((most / seen).max(1.0)));
                 // The masked scores of an uncalibrated model follow those before the mask.
                 self.sites.next_if(|s| s.verb == Verb::Softmax);
             }

@@ -1,6 +1,6 @@
 //! The forward pass as the optimiser sees it: in the clear, in floating point or in the protocols' fixed point, or on the servers.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, Once, PoisonError};
 
 use veiltune_engine::session::Program;
 use veiltune_engine::{Backend, Error as EngineError};
@@ -100,7 +100,10 @@ impl Passes for Remote {
     }
 }
 
-/// A generation in one pass; prompts to validate one by one.
+/// Whether it was said that prompts may leave the ranges of fixed point.
+static TOLD: Once = Once::new();
+
+/// A generation in one pass; prompts to validate one by one. NaN where fixed point leaves its ranges.
 fn logits(passes: &mut impl Passes, split: Split, prompts: &[Prompt]) -> Result<Vec<f32>> {
     let shape = passes.shape().clone();
     let validates = split != Split::Train && shape.validation > 0;
@@ -115,9 +118,28 @@ fn logits(passes: &mut impl Passes, split: Split, prompts: &[Prompt]) -> Result<
         for _ in some.len()..at_once {
             values.extend_from_slice(&some[0].0);
         }
-        let mut logits = passes.pass(pass, values)?;
-        logits.truncate(some.len() * texts * shape.labels);
-        all.extend(logits);
+        let wanted = some.len() * texts * shape.labels;
+        match passes.pass(pass, values) {
+            Ok(mut logits) => {
+                logits.truncate(wanted);
+                all.extend(logits);
+            }
+            // One prompt out of range must not take the others with it. On the servers its logits would be noise.
+            Err(Error::Engine(e @ EngineError::Range { .. })) => match some {
+                [_] => {
+                    TOLD.call_once(|| {
+                        eprintln!("a prompt that leaves the calibrated ranges counts as the worst; --margin widens them: {e}");
+                    });
+                    all.resize(all.len() + wanted, f32::NAN);
+                }
+                some => {
+                    for prompt in some.chunks(1) {
+                        all.extend(logits(passes, split, prompt)?);
+                    }
+                }
+            },
+            Err(e) => return Err(e),
+        }
     }
     Ok(all)
 }

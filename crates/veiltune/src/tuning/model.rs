@@ -5,8 +5,7 @@ use std::path::Path;
 use veiltune_engine::{Backend, Owner, Party};
 use veiltune_hub::{Tensors, Tokenizer};
 use veiltune_nn::language::{Attention, Family, LanguageCheckpoint, LanguageConfig};
-use veiltune_ring::prg::{Prg, Seed};
-use veiltune_tune::{Cause, Specials, Tokenize};
+use veiltune_tune::{Cause, Prompt, Specials, Tokenize};
 
 use super::program::table_width;
 use crate::{Error, Result};
@@ -19,12 +18,13 @@ pub struct Ready {
     pub weights: Tensors,
     /// The table that words are looked up in, `[rows, width]`: see [`super::program::table_rows`].
     pub table: Vec<f32>,
-    /// Standard deviation of what enters the first layer.
+    /// Standard deviation of what enters the first layer, without padding.
     pub deviation: f64,
 }
 
-/// Sample texts for calibration where none are given: their words hardly matter, their ranges do.
-const SAMPLES: [&str; 8] = [
+/// Sample texts for calibration where none are given: what they say hardly matters, but rare words, digits and signs have scores
+/// that common words have not.
+const SAMPLES: [&str; 24] = [
     "The film is a slow but rewarding story about two sisters who run a small hotel by the sea.",
     "I have been to this restaurant twice. The food was cold and the waiter never came back.",
     "Oil prices rose for a third day on Tuesday as producers agreed to cut output next year.",
@@ -33,7 +33,26 @@ const SAMPLES: [&str; 8] = [
     "What a complete waste of time! Terrible acting, no plot at all, and far too long.",
     "The ministers of both countries met in Geneva to discuss the peace agreement they had signed.",
     "He who laughs last thinks slowest; the early bird gets the worm, but the second mouse gets the cheese.",
+    "a gorgeous , witty , seductive movie . it 's not nearly as dull as it sounds , and it does n't drag",
+    "AP - Shares of Acme Corp. (ACM.N) fell 4.7% to $23.10 on Monday after the company cut its outlook.",
+    "Does she know? \"I doubt it,\" said Dr. O'Neill -- the hospital's chief surgeon -- in an e-mail.",
+    "WARNING!!! DO NOT BUY THIS... it broke after 2 days & customer service NEVER answered my calls :-(",
+    "In 1969, Apollo 11 landed on the Moon; Neil Armstrong and Buzz Aldrin stayed for 21.6 hours.",
+    "The enzyme hydrolyses adenosine triphosphate, and phosphorylated intermediates accumulate in vitro.",
+    "Patient is a 67-year-old woman with type 2 diabetes, hypertension (160/95 mmHg) and chest pain.",
+    "Pursuant to section 12(b), the lessee shall indemnify the lessor against any and all such claims.",
+    "lol idk what they were thinking tbh, but the new update is sooo much better than the old one",
+    "See https://example.org/docs?id=42#top or write to info@example.org; the file is called data_v2.csv.",
+    "def area(r): return 3.14159 * r ** 2  # not exact",
+    "Die Straße nach Köln war gesperrt, also fuhren wir über Düsseldorf; le café était déjà fermé.",
+    "La película es muy buena. 이 영화는 정말 재미있다. Этот фильм очень скучный. この映画は素晴らしい。",
+    "Mix 250 g of flour with 2 eggs, a pinch of salt and 1/2 cup of milk; bake for 35 minutes at 180 C.",
+    "Yes. No. Maybe? Great, bad, true, false, positive, negative, World, Sports, Business, Technology.",
+    "Entailment: a man plays the guitar on stage. Question: is someone making music? Answer: yes, he is.",
 ];
+
+/// Spreads of the random prompts of a calibration, in units of that of embeddings.
+const PROMPTS: [f64; 3] = [0.0, 1.0, 2.0];
 
 /// How calibration goes.
 pub struct Calibration<'a> {
@@ -47,8 +66,9 @@ pub struct Calibration<'a> {
 
 /// Calibrates a checkpoint with the given attention.
 ///
-/// Each text is run with padding, as it is and with random prompts of one and three times the spread of its embeddings added
-/// at its first half: tuned prompts go beyond what texts do.
+/// Each text is run with padding, and with the token that begins texts (to which models give values that no other has), as it is and
+/// with random prompts of up to twice the spread of its embeddings added at its first half: tuned prompts go beyond what
+/// texts do.
 pub fn ready(checkpoint: &LanguageCheckpoint, attention: Attention, how: &Calibration) -> Result<Ready> {
     // Only the positions that texts can have become part of the program.
     let tokens = how.tokens.clamp(1, checkpoint.config.max_positions);
@@ -61,43 +81,48 @@ pub fn ready(checkpoint: &LanguageCheckpoint, attention: Attention, how: &Calibr
         [] => SAMPLES.to_vec(),
         texts => texts.iter().take(32).map(String::as_str).collect(),
     };
-    let (mut ids, mut keep) = (Vec::new(), Vec::new());
-    let padding = checkpoint.tokenizer.special().pad.unwrap_or(0);
-    for text in &samples {
-        let mut row = checkpoint.tokenizer.encode(text)?;
-        // The last token is always real: the answer is read there.
-        row.truncate(tokens);
-        let filled = tokens - row.len();
-        ids.extend(std::iter::repeat_n(padding, filled));
-        keep.extend(std::iter::repeat_n(0.0, filled));
-        keep.extend(std::iter::repeat_n(1.0, row.len()));
-        ids.extend(row);
-    }
-    let (n, d) = (samples.len(), config.hidden_size);
+    // And a few words of some of them: denominators of random features are smallest in short texts.
+    let short = samples.iter().step_by(2).map(|text| (*text, 4));
+    let all: Vec<(&str, usize)> = samples.iter().map(|text| (*text, 1)).chain(short).collect();
+    let rows = all
+        .iter()
+        .map(|(text, part)| sample(&checkpoint.tokenizer, text, tokens, *part))
+        .collect::<Result<Vec<_>>>()?
+        .concat();
+    let ids: Vec<u32> = rows.iter().map(|token| token.id).collect();
+    let keep: Vec<f32> = rows
+        .iter()
+        .map(|token| f32::from(token.part != Part::Padding))
+        .collect();
+    let (n, d) = (all.len(), config.hidden_size);
     let words = checkpoint.embeddings(&ids)?;
     let labels: Vec<u32> = (0..8.min(config.vocab_size as u32)).collect();
-    let rows = checkpoint.label_rows(&labels)?;
+    let label_rows = checkpoint.label_rows(&labels)?;
     let mut spread = 0.0;
     let config = checkpoint.calibrate(&config, how.margin, |b, model| {
         b.rewind();
         let words = b.input(Owner::Public, &[n, tokens, config.embedding_size], Some(&words))?;
         let x = model.embed(b, &words)?;
         let values = b.reveal(&x, Party::P0)?.map_or_else(Vec::new, |r| r.values);
-        spread = deviation(&values);
+        let real = values.chunks(d).zip(&keep).filter(|(_, keep)| **keep > 0.0);
+        spread = deviation(&real.flat_map(|(row, _)| row).copied().collect::<Vec<_>>());
         let (mut all, mut keeps) = (Vec::new(), Vec::new());
-        for (i, size) in [0.0, 1.0, 3.0].into_iter().enumerate() {
-            let noise = Prg::new(&Seed::from_bytes(*b"veiltune prompts"), i as u64, 0).vec(values.len());
-            for (at, (v, w)) in values.iter().zip(noise).enumerate() {
-                let uniform = w as i64 as f64 / 2f64.powi(63) * 3f64.sqrt();
-                let prompted = at / d % tokens < tokens / 2;
-                all.push((v + if prompted { size * spread * uniform } else { 0.0 }) as f32);
+        for (i, size) in PROMPTS.into_iter().enumerate() {
+            let prompt = Prompt::random(n * tokens, d, size * spread, i as u64).0;
+            for (at, (v, p)) in values.iter().zip(prompt).enumerate() {
+                let prompted = rows[at / d].part == Part::Prompt;
+                all.push(*v as f32 + if prompted { p } else { 0.0 });
             }
             keeps.extend_from_slice(&keep);
         }
-        let x = b.input(Owner::Public, &[3 * n, tokens, d], Some(&all))?;
-        let keep = b.input(Owner::Public, &[3 * n, tokens], Some(&keeps))?;
+        let x = b.input(Owner::Public, &[PROMPTS.len() * n, tokens, d], Some(&all))?;
+        let keep = b.input(Owner::Public, &[PROMPTS.len() * n, tokens], Some(&keeps))?;
         let at = model.forward(b, &x, Some(&keep), tokens - 1)?;
-        let rows = b.input(Owner::Public, &[labels.len(), config.embedding_size], Some(&rows))?;
+        let rows = b.input(
+            Owner::Public,
+            &[labels.len(), config.embedding_size],
+            Some(&label_rows),
+        )?;
         model.logits(b, &at, &rows, None)?;
         Ok(())
     })?;
@@ -113,6 +138,44 @@ pub fn ready(checkpoint: &LanguageCheckpoint, attention: Attention, how: &Calibr
         deviation: spread,
         config,
     })
+}
+
+/// A token of a sample.
+#[derive(Clone, Copy)]
+struct Token {
+    id: u32,
+    part: Part,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Part {
+    /// What prompts are tried on.
+    Prompt,
+    Text,
+    Padding,
+}
+
+/// The first of `parts` parts of a text as rows for tuning are: what begins it, padding, words, the mask, what ends it. The last
+/// token is never padding: the answer is read there.
+fn sample(words: &Tokenizer, text: &str, tokens: usize, parts: usize) -> Result<Vec<Token>> {
+    let special = words.special();
+    let begin = special.cls.or(special.bos).filter(|_| tokens > 3);
+    let end = special.mask.into_iter().chain(special.sep);
+    let end: Vec<u32> = if tokens > 3 { end.collect() } else { Vec::new() };
+    let room = tokens - usize::from(begin.is_some()) - end.len();
+    let mut ids = words.encode(text)?;
+    ids.truncate(ids.len().div_ceil(parts).min(room));
+    let token = |part| move |id| Token { id, part };
+    let padding = std::iter::repeat_n(special.pad.unwrap_or(0), room - ids.len());
+    let (prompt, rest) = ids.split_at(ids.len() / 2);
+    Ok(begin
+        .into_iter()
+        .map(token(Part::Text))
+        .chain(padding.map(token(Part::Padding)))
+        .chain(prompt.iter().copied().map(token(Part::Prompt)))
+        .chain(rest.iter().copied().map(token(Part::Text)))
+        .chain(end.into_iter().map(token(Part::Text)))
+        .collect())
 }
 
 fn deviation(values: &[f64]) -> f64 {

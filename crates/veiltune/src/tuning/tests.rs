@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
-use veiltune_engine::{Comparison, Plain};
+use veiltune_engine::{Comparison, Fixed, Plain};
 use veiltune_nn::language::{Attention, LanguageCheckpoint};
 use veiltune_tune::{Evaluate, Example, Prompt, Slot, Split, Task};
 use veiltune_wire::Network;
@@ -234,6 +234,53 @@ fn run(checkpoint: &LanguageCheckpoint, attention: Attention) {
         }
     }
     assert!(!leaks(place.dir.path(), &ready));
+}
+
+/// What fixed point has no room for is the worst prompt, and the one beside it is what it would be alone.
+#[test]
+fn a_prompt_out_of_range_counts_as_the_worst() {
+    let checkpoint = checkpoint!("bert");
+    let ready = ready(&checkpoint, Attention::Softmax);
+    let words = words(&checkpoint, 2);
+    let file = format!(
+        r#"{{"name": "t", "masked": "{{prompt}} {{text}} {{mask}}", "causal": "{{prompt}} {{text}} {{mask}}",
+            "verbalizer": {{"0": "{}", "1": "{}"}}}}"#,
+        words[0], words[1]
+    );
+    let task = Task::parse("t", file.as_bytes()).unwrap();
+    let ground = Ground {
+        config: &ready.config,
+        words: &checkpoint.tokenizer,
+        task: &task,
+        slot: Slot::Concatenate(1),
+        tokens: 12,
+        bucket: 4,
+    };
+    let example = Example {
+        text_a: words[1].clone(),
+        text_b: None,
+        label: 0,
+    };
+    let rows = ground.rows(&[&example]).unwrap();
+    let shape = ground.shape(&rows, 1, 2, 2);
+    let holder = Holder::new(texts(&ready, &rows, &ground.labels().unwrap()).unwrap());
+    let program = Tuning {
+        model: &ready.config,
+        shape: &shape,
+        comparison: Comparison::Fss,
+        weights: Some(&ready.weights),
+        known: None,
+    };
+    let fixed = Fixed::new().unwrap();
+    let mut clear = Clear::new(&fixed, program, &holder).unwrap();
+    let prompt = |value: f32| Prompt(vec![value; ready.config.hidden_size]);
+    let mut logits = |prompts: &[Prompt]| clear.logits(Split::Train, prompts).unwrap();
+    let alone = logits(&[prompt(0.25)]);
+    let both = logits(&[prompt(1e6), prompt(0.25)]);
+    assert!(both[..2].iter().all(|l| l.is_nan()), "{both:?}");
+    for (a, b) in alone.iter().zip(&both[2..]) {
+        assert!((a - b).abs() < 1e-3, "{a} alone, {b} beside");
+    }
 }
 
 #[allow(clippy::too_many_arguments)]

@@ -117,7 +117,7 @@ pub struct CalibrationArgs {
     #[arg(long, value_name = "FILE")]
     pub samples: Option<PathBuf>,
     /// Factor by which the ranges that are seen are widened
-    #[arg(long, default_value_t = 1.5, value_name = "FACTOR")]
+    #[arg(long, default_value_t = 2.0, value_name = "FACTOR")]
     pub margin: f64,
 }
 
@@ -658,7 +658,7 @@ pub fn texts(ready: &Ready, rows: &Rows, labels: &[u32]) -> Result<Texts> {
 /// Texts that are measured at a time.
 const AT_ONCE: usize = 32;
 
-/// The task's metric of each prompt on these texts.
+/// The task's metric of each prompt on these texts, of which those count as wrong that leave the ranges of fixed point.
 fn measure<B: Backend>(
     ground: &Ground,
     ready: &Ready,
@@ -668,7 +668,23 @@ fn measure<B: Backend>(
 ) -> Result<Vec<f64>> {
     let answers: Vec<usize> = examples.iter().map(|e| e.label).collect();
     let (classes, metric) = (ground.task.labels.len(), ground.task.metric);
-    let logits = logits(ground, ready, backend, examples, prompts)?;
+    let mut logits = logits(ground, ready, backend, examples, prompts)?;
+    for logits in &mut logits {
+        let mut left = 0;
+        for (logits, answer) in logits.chunks_mut(classes).zip(&answers) {
+            if logits.iter().any(|l| l.is_nan()) {
+                logits.fill(0.0);
+                logits[(answer + 1) % classes] = 1.0;
+                left += 1;
+            }
+        }
+        if left > 0 {
+            let of = examples.len();
+            eprintln!(
+                "{left} of {of} texts leave the calibrated ranges and count as wrong; --margin widens them"
+            );
+        }
+    }
     let score = |l: &Vec<f32>| Score::of(l, &answers, classes, Loss::CrossEntropy, metric).metric;
     Ok(logits.iter().map(score).collect())
 }
@@ -728,7 +744,7 @@ fn pooled(ground: &Ground, ready: &Ready, shape: &Shape, examples: &[&Example]) 
     Ok(features)
 }
 
-/// Each prompt's logits `[texts, labels]`, in the clear.
+/// Each prompt's logits `[texts, labels]`, in the clear; NaN of a text that takes a prompt out of the ranges of fixed point.
 pub fn logits<B: Backend>(
     ground: &Ground,
     ready: &Ready,
@@ -736,25 +752,48 @@ pub fn logits<B: Backend>(
     examples: &[&Example],
     prompts: &[Prompt],
 ) -> Result<Vec<Vec<f32>>> {
-    let classes = ground.task.labels.len();
     let mut logits = vec![Vec::new(); prompts.len()];
     for some in examples.chunks(AT_ONCE) {
-        let rows = ground.rows(some)?;
-        let shape = ground.shape(&rows, some.len(), prompts.len(), 1);
-        let holder = Holder::new(texts(ready, &rows, &ground.labels()?)?);
-        let program = Tuning {
-            model: &ready.config,
-            shape: &shape,
-            comparison: Comparison::Fss,
-            weights: Some(&ready.weights),
-            known: None,
-        };
-        let mut clear = Clear::new(backend, program, &holder)?;
-        let all = clear
-            .logits(Split::Train, prompts)
-            .map_err(|e| Error::Input(e.to_string()))?;
-        for (list, logits) in logits.iter_mut().zip(all.chunks(some.len() * classes)) {
-            list.extend_from_slice(logits);
+        let all = logits_at_once(ground, ready, backend, some, prompts)?;
+        for (list, mut logits) in logits.iter_mut().zip(all) {
+            list.append(&mut logits);
+        }
+    }
+    Ok(logits)
+}
+
+fn logits_at_once<B: Backend>(
+    ground: &Ground,
+    ready: &Ready,
+    backend: &B,
+    examples: &[&Example],
+    prompts: &[Prompt],
+) -> Result<Vec<Vec<f32>>> {
+    let rows = ground.rows(examples)?;
+    let shape = ground.shape(&rows, examples.len(), prompts.len(), 1);
+    let holder = Holder::new(texts(ready, &rows, &ground.labels()?)?);
+    let program = Tuning {
+        model: &ready.config,
+        shape: &shape,
+        comparison: Comparison::Fss,
+        weights: Some(&ready.weights),
+        known: None,
+    };
+    let mut clear = Clear::new(backend, program, &holder)?;
+    let all = clear
+        .logits(Split::Train, prompts)
+        .map_err(|e| Error::Input(e.to_string()))?;
+    let each = examples.len() * ground.task.labels.len();
+    let mut logits: Vec<Vec<f32>> = all.chunks(each).map(<[f32]>::to_vec).collect();
+    // One text out of range must not take the others with it.
+    let (first, second) = examples.split_at(examples.len() / 2);
+    for (prompt, logits) in prompts.iter().zip(&mut logits) {
+        if logits.iter().any(|l| l.is_nan()) && !first.is_empty() {
+            logits.clear();
+            for half in [first, second] {
+                let one = std::slice::from_ref(prompt);
+                logits.extend(logits_at_once(ground, ready, backend, half, one)?.concat());
+            }
         }
     }
     Ok(logits)
@@ -886,16 +925,13 @@ fn optimise(
         bytes: None,
         output: args.output.display().to_string(),
     };
-    match outcome.ended {
-        Ended::Interrupted => {
-            eprintln!(
-                "interrupted after {} evaluations; start the same command again to go on",
-                tuner.evaluations()
-            );
-            Ok((answer, outcome))
-        }
-        _ => Ok((answer, outcome)),
+    if outcome.ended == Ended::Interrupted {
+        eprintln!(
+            "interrupted after {} evaluations; start the same command again to go on",
+            tuner.evaluations()
+        );
     }
+    Ok((answer, outcome))
 }
 
 fn write(dir: &Path, name: &str, bytes: &[u8]) -> Result<()> {
