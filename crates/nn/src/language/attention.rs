@@ -67,6 +67,13 @@ struct Trials {
 /// Features are divided by 8, for no more than the fractional bits that a product has room for beside values; what they are all
 /// multiplied by cancels.
 const SHRUNK: f64 = 0.125;
+/// Twice the deviation of one key's part of a denominator. Below it random features may as well sum to zero or less, which has no
+/// reciprocal, where a query is far from all keys; and other texts come nearer to that than those that are seen.
+pub(crate) fn noise(features: usize) -> f64 {
+    let key = features as f64 * SHRUNK * SHRUNK;
+    2.0 * key / (2.0 * features as f64).sqrt()
+}
+
 /// Features times tokens up to which a sum stays in range.
 const SUMMED: usize = 1 << 15;
 /// Fractional bits of a reciprocal whose product with a truncated value a linear layer takes as it is.

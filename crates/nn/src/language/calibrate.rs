@@ -6,11 +6,8 @@ use super::config::{Attention, AttentionRanges, LanguageConfig};
 use super::{LanguageCheckpoint, LanguageModel};
 use crate::{Error, Result as ModelResult};
 
-/// How often temperatures are lowered, by half each time, until all denominators are positive.
+/// How often temperatures are lowered, by half each time, until all denominators are above noise.
 const ATTEMPTS: usize = 8;
-/// A denominator must be at least this part of the largest: random features sum to zero and below where a query is far from all
-/// keys, which other texts come nearer to than those that are seen.
-const LEAST: f64 = 1.0 / 32.0;
 
 impl LanguageCheckpoint {
     /// `config` with ranges that hold what `pass` shows, widened by `margin` on both sides. `pass` runs `embed`, `forward` or `hidden`
@@ -51,7 +48,7 @@ impl LanguageCheckpoint {
             let b = Plain::recording();
             let model = self.load(&b, Owner::Public, &config)?;
             pass(&b, &model)?;
-            if !config.lower_temperatures(&b.sites(), LEAST) {
+            if !config.lower_temperatures(&b.sites()) {
                 config.calibrate(&b.sites(), margin)?;
                 return Ok(config);
             }

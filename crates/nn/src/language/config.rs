@@ -381,13 +381,17 @@ impl LanguageConfig {
         self.head_activation = activation;
     }
 
-    /// Halves the temperatures of layers whose denominators came below `least` of the largest; whether there are any.
-    pub(crate) fn lower_temperatures(&mut self, seen: &[Site], least: f64) -> bool {
+    /// Halves the temperatures of layers whose denominators came near zero; whether there are any.
+    pub(crate) fn lower_temperatures(&mut self, seen: &[Site]) -> bool {
+        let least = match self.attention {
+            Attention::Softmax => return false,
+            Attention::Rfa { features, .. } => super::attention::noise(features),
+        };
         let sums = seen.iter().filter(|s| s.verb == Verb::Reciprocal);
         let mut lowered = false;
         for (layer, site) in self.layers.iter_mut().zip(sums) {
             if let AttentionRanges::Rfa { temperature, .. } = &mut layer.attention
-                && site.range.is_none_or(|(low, high)| low < least * high)
+                && site.range.is_none_or(|(low, _)| low < least)
             {
                 temperature.iter_mut().for_each(|t| *t *= 0.5);
                 lowered = true;
