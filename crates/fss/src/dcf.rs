@@ -11,7 +11,7 @@
 //!
 //! AES calls: `2 * max(bits - 2, 0) + 1` a point, one more for a pair, `4 * max(bits - 2, 0) + 4` to deal a key.
 
-use crate::hash::{Cipher, LANES, with_cipher};
+use crate::hash::{Cipher, LANES, Lanes, with_cipher};
 use crate::tree::{
     self, BLOCK, Deal, LEAF, Shape, Walk, by_bit, check_bits, check_length, check_party, check_range,
     negate_if, parallel, part,
@@ -221,6 +221,23 @@ pub(crate) fn evaluate_with<C: Cipher, const W: usize>(
     let bytes = bytes::<W>(bits);
     check_length("keys", keys.len(), roots.len() * bytes)?;
     let mut out = vec![[0; W]; xs.len()];
+    if points_per_key >= MANY {
+        parallel(&mut out, points_per_key, |i, out| {
+            let (xs, key) = (
+                &xs[points_per_key * i..][..points_per_key],
+                &keys[bytes * i..][..bytes],
+            );
+            cipher.run(
+                #[inline(always)]
+                || {
+                    for (xs, out) in xs.chunks(LANES).zip(out.chunks_mut(LANES)) {
+                        evaluate_key(cipher, party, bits, roots[i], key, xs, out);
+                    }
+                },
+            );
+        });
+        return Ok(out);
+    }
     parallel(&mut out, LANES, |group, out| {
         let first = LANES * group;
         let xs = &xs[first..first + out.len()];
@@ -276,6 +293,51 @@ fn evaluate_group<C: Cipher, const W: usize>(
             let place = shape.levels as usize + w * shape.blocks + block(*x);
             let leaf = walk.element(lane, &h, place, *x);
             out[w] = negate_if(party == 1, out[w].wrapping_add(leaf));
+        }
+    }
+}
+
+/// From how many points a key on they are walked to key by key: a part of the lanes then has nothing to do.
+const MANY: usize = LANES / 2;
+
+/// One key at up to [`LANES`] points: as [`evaluate_group`], with the same corrections in all lanes.
+#[inline(always)]
+fn evaluate_key<C: Cipher, const W: usize>(
+    cipher: C,
+    party: usize,
+    bits: u32,
+    root: Block,
+    key: &[u8],
+    xs: &[u64],
+    out: &mut [[u64; W]],
+) {
+    let shape = shape(bits);
+    let (blocks, words) = (
+        key.as_chunks::<BLOCK>().0,
+        key[values::<W>(bits)..].as_chunks::<WORD>().0,
+    );
+    let path = by_bit(xs);
+    let mut seeds = Lanes([tree::root(party, root); LANES]);
+    let mut shares = [[0; 2]; LANES];
+    let mut sums = [[0u64; 2]; LANES];
+    for level in 0..shape.levels as usize {
+        let value = |w: usize| Block::from(u64::from_le_bytes(words[W * level + w])) << (64 * w);
+        let cw = (0..W).fold(0, |cw, w| cw | value(w));
+        cipher.leaves(LEAF[0], cw, &seeds.0, shares.as_flattened_mut());
+        for (sum, share) in sums.as_flattened_mut().iter_mut().zip(shares.as_flattened()) {
+            *sum = sum.wrapping_add(*share);
+        }
+        let cw = Lanes([Block::from_le_bytes(blocks[level]); LANES]);
+        cipher.descend(&mut seeds, path[bits as usize - 1 - level], &cw);
+    }
+    for (w, index) in (0..W).flat_map(|w| (0..shape.blocks).map(move |index| (w, index))) {
+        let place = shape.levels as usize + w * shape.blocks + index;
+        let cw = Block::from_le_bytes(blocks[place]);
+        cipher.leaves(tweak(w, index), cw, &seeds.0, shares.as_flattened_mut());
+        for (((out, x), sum), share) in out.iter_mut().zip(xs).zip(&sums).zip(&shares) {
+            if block(*x) == index {
+                out[w] = negate_if(party == 1, sum[w].wrapping_add(share[(x & 1) as usize]));
+            }
         }
     }
 }

@@ -96,6 +96,41 @@ fn dcf_is_right_on_all_of_small_domains() {
 }
 
 #[test]
+fn many_points_of_a_key_are_what_each_is_alone() {
+    for bits in [1, 2, 3, 24, 64] {
+        let low = u64::MAX >> (64 - bits);
+        let spread = |i: u64| i.wrapping_mul(0x9e3779b97f4a7c15) >> 7 & low;
+        let alphas: Vec<u64> = (0..11).map(spread).collect();
+        let betas: Vec<[u64; 2]> = alphas.iter().map(|a| [!a, a.wrapping_mul(3)]).collect();
+        let roots = roots(alphas.len(), u64::from(bits));
+        let mut keys = vec![0; alphas.len() * dcf::pair_key_bytes(bits)];
+        dcf::generate_pairs_into(bits, &alphas, &betas, slices(&roots), &mut keys).unwrap();
+        let single = dcf::generate(bits, &alphas, &alphas, slices(&roots)).unwrap();
+        // Near alpha and far from it, twice over, in no order.
+        let points = |a: &u64| -> Vec<u64> {
+            let near = (0..40).map(|i| a.wrapping_add(20).wrapping_sub(i) & low);
+            near.chain((0..60).map(|i| spread(i % 45))).collect()
+        };
+        let xs: Vec<u64> = alphas.iter().flat_map(points).collect();
+        let each = xs.len() / alphas.len();
+        for (party, roots) in roots.iter().enumerate() {
+            let many = dcf::evaluate_pairs(party, bits, roots, &keys, each, &xs).unwrap();
+            let many_single = dcf::evaluate(party, bits, roots, &single, each, &xs).unwrap();
+            for (i, x) in xs.iter().enumerate() {
+                let key = i / each;
+                let root = &roots[key..=key];
+                let bytes = &keys[key * dcf::pair_key_bytes(bits)..][..dcf::pair_key_bytes(bits)];
+                let alone = dcf::evaluate_pairs(party, bits, root, bytes, 1, &[*x]).unwrap();
+                assert_eq!(many[i], alone[0], "bits {bits}: {x}");
+                let bytes = &single[key * dcf::key_bytes(bits)..][..dcf::key_bytes(bits)];
+                let alone = dcf::evaluate(party, bits, root, bytes, 1, &[*x]).unwrap();
+                assert_eq!(many_single[i], alone[0], "bits {bits}: {x}");
+            }
+        }
+    }
+}
+
+#[test]
 fn pairs_of_a_dcf_are_right_on_all_of_small_domains() {
     for bits in 1..=8 {
         let alphas: Vec<u64> = (0..1 << bits).collect();
