@@ -229,11 +229,7 @@ pub(crate) fn evaluate_with<C: Cipher, const W: usize>(
             );
             cipher.run(
                 #[inline(always)]
-                || {
-                    for (xs, out) in xs.chunks(LANES).zip(out.chunks_mut(LANES)) {
-                        evaluate_key(cipher, party, bits, roots[i], key, xs, out);
-                    }
-                },
+                || evaluate_key(OneKey::new(cipher, party, bits, roots[i], key), party, xs, out),
             );
         });
         return Ok(out);
@@ -300,43 +296,111 @@ fn evaluate_group<C: Cipher, const W: usize>(
 /// From how many points a key on they are walked to key by key: a part of the lanes then has nothing to do.
 const MANY: usize = LANES / 2;
 
-/// One key at up to [`LANES`] points: as [`evaluate_group`], with the same corrections in all lanes.
+/// One key at any number of points, with the key's corrections in all lanes. As far down as the paths to points that follow each
+/// other have no more than [`LANES`] different beginnings, only these are walked. The points are public.
 #[inline(always)]
 fn evaluate_key<C: Cipher, const W: usize>(
-    cipher: C,
+    start: OneKey<C, W>,
     party: usize,
-    bits: u32,
-    root: Block,
-    key: &[u8],
     xs: &[u64],
     out: &mut [[u64; W]],
 ) {
-    let shape = shape(bits);
-    let (blocks, words) = (
-        key.as_chunks::<BLOCK>().0,
-        key[values::<W>(bits)..].as_chunks::<WORD>().0,
-    );
-    let path = by_bit(xs);
-    let mut seeds = Lanes([tree::root(party, root); LANES]);
-    let mut shares = [[0; 2]; LANES];
-    let mut sums = [[0u64; 2]; LANES];
-    for level in 0..shape.levels as usize {
-        let value = |w: usize| Block::from(u64::from_le_bytes(words[W * level + w])) << (64 * w);
-        let cw = (0..W).fold(0, |cw, w| cw | value(w));
-        cipher.leaves(LEAF[0], cw, &seeds.0, shares.as_flattened_mut());
-        for (sum, share) in sums.as_flattened_mut().iter_mut().zip(shares.as_flattened()) {
-            *sum = sum.wrapping_add(*share);
-        }
-        let cw = Lanes([Block::from_le_bytes(blocks[level]); LANES]);
-        cipher.descend(&mut seeds, path[bits as usize - 1 - level], &cw);
+    let (bits, shape) = (start.bits, shape(start.bits));
+    // How many points part from the one before at each level.
+    let mut parting = [0; MAX_BITS as usize + 1];
+    for pair in xs.windows(2) {
+        let same = (pair[0] ^ pair[1]).leading_zeros() + bits - u64::BITS;
+        parting[same as usize] += 1;
     }
-    for (w, index) in (0..W).flat_map(|w| (0..shape.blocks).map(move |index| (w, index))) {
-        let place = shape.levels as usize + w * shape.blocks + index;
-        let cw = Block::from_le_bytes(blocks[place]);
-        cipher.leaves(tweak(w, index), cw, &seeds.0, shares.as_flattened_mut());
-        for (((out, x), sum), share) in out.iter_mut().zip(xs).zip(&sums).zip(&shares) {
-            if block(*x) == index {
-                out[w] = negate_if(party == 1, sum[w].wrapping_add(share[(x & 1) as usize]));
+    let (mut shared, mut heads) = (0, 1);
+    while shared < shape.levels as usize && heads + parting[shared] <= LANES {
+        heads += parting[shared];
+        shared += 1;
+    }
+    let parts = |a: u64, b: u64| (a ^ b).checked_shr(bits - shared as u32).unwrap_or(0) != 0;
+    let mut firsts = [xs[0]; LANES];
+    let mut head = 0;
+    for pair in xs.windows(2) {
+        head += usize::from(parts(pair[0], pair[1]));
+        firsts[head] = pair[1];
+    }
+    let mut top = start;
+    top.walk(0..shared, &by_bit(&firsts));
+    head = 0;
+    let mut before = xs[0];
+    for (xs, out) in xs.chunks(LANES).zip(out.chunks_mut(LANES)) {
+        let mut rest = top;
+        for (lane, x) in xs.iter().enumerate() {
+            head += usize::from(parts(before, *x));
+            before = *x;
+            rest.seeds.0[lane] = top.seeds.0[head];
+            rest.sums[lane] = top.sums[head];
+        }
+        rest.walk(shared..shape.levels as usize, &by_bit(xs));
+        rest.finish(party, xs, out);
+    }
+}
+
+/// Up to [`LANES`] points of one key, on their ways.
+#[derive(Clone, Copy)]
+struct OneKey<'a, C, const W: usize> {
+    cipher: C,
+    bits: u32,
+    /// Corrections of seeds and leaves, and of inner nodes' values.
+    blocks: &'a [[u8; BLOCK]],
+    words: &'a [[u8; WORD]],
+    seeds: Lanes,
+    /// What each path has collected.
+    sums: [[u64; 2]; LANES],
+}
+
+impl<'a, C: Cipher, const W: usize> OneKey<'a, C, W> {
+    #[inline(always)]
+    fn new(cipher: C, party: usize, bits: u32, root: Block, key: &'a [u8]) -> Self {
+        OneKey {
+            cipher,
+            bits,
+            blocks: key.as_chunks().0,
+            words: key[values::<W>(bits)..].as_chunks().0,
+            seeds: Lanes([tree::root(party, root); LANES]),
+            sums: [[0; 2]; LANES],
+        }
+    }
+
+    #[inline(always)]
+    fn block(&self, index: usize) -> Block {
+        Block::from_le_bytes(self.blocks[index])
+    }
+
+    #[inline(always)]
+    fn walk(&mut self, levels: std::ops::Range<usize>, path: &[u64; LANES]) {
+        let mut shares = [[0; 2]; LANES];
+        for level in levels {
+            let value = |w: usize| Block::from(u64::from_le_bytes(self.words[W * level + w])) << (64 * w);
+            let cw = (0..W).fold(0, |cw, w| cw | value(w));
+            self.cipher
+                .leaves(LEAF[0], cw, &self.seeds.0, shares.as_flattened_mut());
+            for (sum, share) in self.sums.as_flattened_mut().iter_mut().zip(shares.as_flattened()) {
+                *sum = sum.wrapping_add(*share);
+            }
+            let cw = Lanes([self.block(level); LANES]);
+            self.cipher
+                .descend(&mut self.seeds, path[self.bits as usize - 1 - level], &cw);
+        }
+    }
+
+    #[inline(always)]
+    fn finish(&self, party: usize, xs: &[u64], out: &mut [[u64; W]]) {
+        let shape = shape(self.bits);
+        let mut shares = [[0; 2]; LANES];
+        for (w, index) in (0..W).flat_map(|w| (0..shape.blocks).map(move |index| (w, index))) {
+            let cw = self.block(shape.levels as usize + w * shape.blocks + index);
+            self.cipher
+                .leaves(tweak(w, index), cw, &self.seeds.0, shares.as_flattened_mut());
+            for (((out, x), sum), share) in out.iter_mut().zip(xs).zip(&self.sums).zip(&shares) {
+                if block(*x) == index {
+                    out[w] = negate_if(party == 1, sum[w].wrapping_add(share[(x & 1) as usize]));
+                }
             }
         }
     }
