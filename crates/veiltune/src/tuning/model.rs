@@ -100,30 +100,30 @@ pub fn ready(checkpoint: &LanguageCheckpoint, attention: Attention, how: &Calibr
     let label_rows = checkpoint.label_rows(&labels)?;
     let mut spread = 0.0;
     let config = checkpoint.calibrate(&config, how.margin, |b, model| {
-        b.rewind();
-        let words = b.input(Owner::Public, &[n, tokens, config.embedding_size], Some(&words))?;
-        let x = model.embed(b, &words)?;
-        let values = b.reveal(&x, Party::P0)?.map_or_else(Vec::new, |r| r.values);
-        let real = values.chunks(d).zip(&keep).filter(|(_, keep)| **keep > 0.0);
-        spread = deviation(&real.flat_map(|(row, _)| row).copied().collect::<Vec<_>>());
-        let (mut all, mut keeps) = (Vec::new(), Vec::new());
         for (i, size) in PROMPTS.into_iter().enumerate() {
+            b.rewind();
+            let words = b.input(Owner::Public, &[n, tokens, config.embedding_size], Some(&words))?;
+            let x = model.embed(b, &words)?;
+            let values = b.reveal(&x, Party::P0)?.map_or_else(Vec::new, |r| r.values);
+            let real = values.chunks(d).zip(&keep).filter(|(_, keep)| **keep > 0.0);
+            spread = deviation(&real.flat_map(|(row, _)| row).copied().collect::<Vec<_>>());
+            let mut values: Vec<f32> = values.into_iter().map(|v| v as f32).collect();
             let prompt = Prompt::random(n * tokens, d, size * spread, i as u64).0;
-            for (at, (v, p)) in values.iter().zip(prompt).enumerate() {
-                let prompted = rows[at / d].part == Part::Prompt;
-                all.push(*v as f32 + if prompted { p } else { 0.0 });
+            for ((row, prompt), token) in values.chunks_mut(d).zip(prompt.chunks(d)).zip(&rows) {
+                if token.part == Part::Prompt {
+                    row.iter_mut().zip(prompt).for_each(|(v, p)| *v += p);
+                }
             }
-            keeps.extend_from_slice(&keep);
+            let x = b.input(Owner::Public, &[n, tokens, d], Some(&values))?;
+            let keep = b.input(Owner::Public, &[n, tokens], Some(&keep))?;
+            let at = model.forward(b, &x, Some(&keep), tokens - 1)?;
+            let rows = b.input(
+                Owner::Public,
+                &[labels.len(), config.embedding_size],
+                Some(&label_rows),
+            )?;
+            model.logits(b, &at, &rows, None)?;
         }
-        let x = b.input(Owner::Public, &[PROMPTS.len() * n, tokens, d], Some(&all))?;
-        let keep = b.input(Owner::Public, &[PROMPTS.len() * n, tokens], Some(&keeps))?;
-        let at = model.forward(b, &x, Some(&keep), tokens - 1)?;
-        let rows = b.input(
-            Owner::Public,
-            &[labels.len(), config.embedding_size],
-            Some(&label_rows),
-        )?;
-        model.logits(b, &at, &rows, None)?;
         Ok(())
     })?;
     let config = config.served();
