@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use veiltune_hub::{Array, Checkpoint as Weights, Precision, Tensors, files, safetensors};
 
-use crate::train::{Epoch, Task};
+use crate::train::{Epoch, Start, Task};
 use crate::{Error, Result};
 
 /// Prefix of a parameter.
@@ -30,6 +30,8 @@ pub struct Checkpoint {
     pub steps: i32,
     /// Seconds spent.
     pub seconds: f64,
+    /// What training began with.
+    pub start: Option<Start>,
     /// The epochs done.
     pub curve: Vec<Epoch>,
 }
@@ -53,6 +55,7 @@ impl Checkpoint {
             tensors: String::new(),
             steps: 0,
             seconds: 0.0,
+            start: None,
             curve: Vec::new(),
         })
     }

@@ -6,6 +6,7 @@
 pub mod cache;
 mod checkpoint;
 pub mod data;
+mod discriminant;
 mod error;
 pub mod evaluate;
 pub mod language;

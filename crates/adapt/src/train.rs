@@ -45,8 +45,8 @@ pub struct Settings {
     pub decay: f32,
     /// Bound on the norm of a whole gradient.
     pub clip: f32,
-    /// Epochs in which the head alone is fitted to the untrained model's features before all else is trained; 0: none.
-    pub warm: usize,
+    /// Whether training starts at a discriminant analysis of what the model reads, or at noise.
+    pub warm: bool,
     /// Probability with which a feature of what an adapter adds (in LoRA, of what it reads) is zero in a forward pass of
     /// training. Drawn once for the pictures of a pass, not for each: a pass is [`Settings::shard`] pictures.
     pub dropout: f32,
@@ -71,7 +71,7 @@ impl Default for Settings {
             rate: 0.01,
             decay: 5e-4,
             clip: 1.0,
-            warm: 20,
+            warm: true,
             dropout: 0.1,
             shard: 25,
             margin: 1.5,
@@ -92,7 +92,6 @@ impl Settings {
                 rule: Rule::ADAMW,
                 rate: 5e-3,
                 decay: 1e-4,
-                warm: 0,
                 shard: 256,
                 ..Settings::default()
             },
@@ -164,6 +163,15 @@ pub struct Epoch {
     pub seconds: f64,
 }
 
+/// What training begins with, where it is more than noise.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Start {
+    /// Mean cross-entropy of the validation pictures.
+    pub validation_loss: f64,
+    /// Share of them that is right.
+    pub validation_accuracy: f64,
+}
+
 /// How far training is; after each step, and after each epoch.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Progress {
@@ -183,25 +191,22 @@ pub struct Progress {
     pub seconds_left: f64,
     /// The epoch that has just ended.
     pub ended: Option<Epoch>,
-    /// Number of the epoch that is the best so far, from 1; 0: none has ended.
+    /// Number of the epoch that is the best so far, from 1; 0: none is better than the start.
     pub best: usize,
 }
 
-/// The epoch whose parameters are kept: that with the highest validation accuracy, of equals the one with the lowest
-/// validation loss; the last one if nothing is validated. None of an empty curve.
-pub fn best(curve: &[Epoch]) -> Option<usize> {
-    let loss = |e: &Epoch| e.validation_loss.unwrap_or(0.0);
-    let rank = |e: &Epoch| {
-        let loss = Some(loss(e)).filter(|loss| loss.is_finite());
-        (
-            e.validation_accuracy.unwrap_or(0.0),
-            -loss.unwrap_or(f64::INFINITY),
-        )
-    };
-    (0..curve.len()).max_by(|&a, &b| {
-        let (a, b) = (rank(&curve[a]), rank(&curve[b]));
-        a.0.total_cmp(&b.0).then(a.1.total_cmp(&b.1))
-    })
+/// The number, from 1, of the epoch whose parameters are kept, or 0 for those that training began with: those with the highest
+/// validation accuracy, of equals the ones with the lowest validation loss; the last ones if nothing is validated.
+pub fn best(start: Option<Start>, curve: &[Epoch]) -> usize {
+    let start = start.map(|s| (0, Some(s.validation_accuracy), Some(s.validation_loss)));
+    let epochs = curve.iter().zip(1..);
+    let epochs = epochs.map(|(e, number)| (number, e.validation_accuracy, e.validation_loss));
+    let ranked = start.into_iter().chain(epochs).map(|(number, accuracy, loss)| {
+        let loss = Some(loss.unwrap_or(0.0)).filter(|loss| loss.is_finite());
+        (number, accuracy.unwrap_or(0.0), -loss.unwrap_or(f64::INFINITY))
+    });
+    let best = ranked.max_by(|a, b| a.1.total_cmp(&b.1).then(a.2.total_cmp(&b.2)));
+    best.map_or(0, |(number, ..)| number)
 }
 
 /// What came of it.
@@ -226,7 +231,7 @@ pub struct Report {
     pub pictures: usize,
     /// Views of each.
     pub views: usize,
-    /// Number of the epoch whose parameters these figures are of, from 1.
+    /// Number of the epoch whose parameters these figures are of, from 1; 0: those that training began with.
     pub epoch: usize,
     /// Share of the training pictures, as in testing, that is right.
     pub train_accuracy: f64,
@@ -234,6 +239,8 @@ pub struct Report {
     pub validation_accuracy: Option<f64>,
     /// Seconds of training, interruptions not counted.
     pub seconds: f64,
+    /// What it began with.
+    pub start: Option<Start>,
     /// Epoch by epoch.
     pub curve: Vec<Epoch>,
 }
@@ -251,17 +258,17 @@ pub fn train(task: &Task, progress: &mut dyn FnMut(Progress), interrupted: &Atom
 }
 
 /// As [`train`], but stops after `epochs` of all the epochs that the settings name, whose schedule it follows; a later call goes
-/// on from there if the task has a folder. The learning curve so far.
+/// on from there if the task has a folder. What it began with, and the learning curve so far.
 pub fn train_until(
     task: &Task,
     epochs: usize,
     progress: &mut dyn FnMut(Progress),
     interrupted: &AtomicBool,
-) -> Result<Vec<Epoch>> {
+) -> Result<(Option<Start>, Vec<Epoch>)> {
     let workers = Workers::new(task.threads)?;
     let mut run = Run::start(task, &workers)?;
     run.until(epochs.min(task.settings.epochs), progress, interrupted)?;
-    Ok(run.done.curve)
+    Ok((run.done.start, run.done.curve))
 }
 
 /// A run: what is trained, and its state.
@@ -377,6 +384,18 @@ impl<'a> Model<'a> {
         Ok(())
     }
 
+    /// Sets parameters and running averages.
+    fn set(&mut self, values: warm::Values) -> Result<()> {
+        for (name, value) in values {
+            match (self.vars.get(&name), self.constants.get_mut(&name)) {
+                (Some(var), _) => var.set(&value)?,
+                (_, Some(constant)) => *constant = value,
+                _ => return Err(Error::Settings(format!("no parameter {name}"))),
+            }
+        }
+        Ok(())
+    }
+
     /// Running averages by name.
     fn averages(&self) -> Result<Tensors> {
         let array = |name: &String| {
@@ -465,7 +484,7 @@ impl<'a> Run<'a> {
         while self.done.curve.len() < epochs && !self.is_out_of_patience() {
             let epoch = self.epoch(progress, interrupted)?;
             self.done.curve.push(epoch);
-            if best(&self.done.curve) == Some(self.done.curve.len() - 1) {
+            if self.best() == self.done.curve.len() {
                 self.kept = self.model.tensors()?;
             }
             self.done.seconds = epoch.seconds;
@@ -476,8 +495,13 @@ impl<'a> Run<'a> {
     }
 
     fn is_out_of_patience(&self) -> bool {
-        let (curve, patience) = (&self.done.curve, self.task.settings.patience);
-        patience > 0 && best(curve).is_some_and(|best| curve.len() - 1 - best >= patience)
+        let patience = self.task.settings.patience;
+        patience > 0 && self.done.curve.len() - self.best() >= patience
+    }
+
+    /// See [`best`].
+    fn best(&self) -> usize {
+        best(self.done.start, &self.done.curve)
     }
 
     fn start(task: &'a Task<'a>, workers: &'a Workers) -> Result<Self> {
@@ -526,31 +550,41 @@ impl<'a> Run<'a> {
         Ok(run)
     }
 
-    /// Fits the head to what the rest of the untrained model gives it.
+    /// Begins with what a discriminant analysis finds.
     fn warm_up(&mut self) -> Result<()> {
-        let (task, settings) = (self.task, self.task.settings);
-        let from_pixels = task.train.states.layers().is_none();
-        if settings.warm == 0 || from_pixels {
+        let task = self.task;
+        if !task.settings.warm || task.train.states.layers().is_none() {
             return Ok(());
         }
-        let model = &self.model;
-        let initial = |name: &str, dims: &[usize]| -> veiltune_engine::Result<Tensor> {
-            match (model.vars.get(name), model.constants.get(name)) {
-                (Some(var), _) if var.dims() == dims => Ok(var.as_tensor().clone()),
-                (_, Some(constant)) => Ok(constant.clone()),
-                _ => Err(veiltune_engine::Error::program("training", "no such parameter")),
-            }
-        };
-        let features = warm::features(task.method, initial, task.train, &self.reads, self.workers)?;
-        let seed = seed_of(settings.seed, [0, u64::MAX]);
-        let classes = task.method.labels().len();
-        let fitted = warm::head(&features, task.train, classes, settings.warm, seed, self.workers)?;
-        for (name, value) in warm::HEAD.iter().zip(&fitted) {
-            if let Some(var) = self.model.vars.get(name) {
-                var.set(value)?;
+        if let Method::Owc(config) = task.method {
+            for index in 0..config.scope {
+                let found = self.ground().adapter(config, index)?;
+                self.model.set(found)?;
             }
         }
+        let found = self.ground().head(task.method)?;
+        self.model.set(found)?;
+        self.done.start = self.validate()?.map(|v| Start {
+            validation_loss: v.loss,
+            validation_accuracy: v.accuracy,
+        });
         Ok(())
+    }
+
+    fn ground(&self) -> warm::Ground<'_, impl Fn(&str, &[usize]) -> veiltune_engine::Result<Tensor> + Sync> {
+        let model = &self.model;
+        let initial = |name: &str, dims: &[usize]| match (model.vars.get(name), model.constants.get(name)) {
+            (Some(var), _) if var.dims() == dims => Ok(var.as_tensor().clone()),
+            (_, Some(constant)) => Ok(constant.clone()),
+            _ => Err(veiltune_engine::Error::program("training", "no such parameter")),
+        };
+        warm::Ground {
+            initial,
+            pictures: self.task.train,
+            reads: &self.reads,
+            workers: self.workers,
+            seed: seed_of(self.task.settings.seed, [0, u64::MAX]),
+        }
     }
 
     fn resume(&mut self, done: Checkpoint, tensors: &Tensors) -> Result<()> {
@@ -569,15 +603,15 @@ impl<'a> Run<'a> {
         self.before = (self.step, done.seconds);
         self.done = done;
         let now = self.model.tensors()?;
-        self.kept = match best(&self.done.curve) {
-            Some(best) if best + 1 < self.done.curve.len() => {
+        self.kept = match self.best() < self.done.curve.len() {
+            true => {
                 let kept = now.keys().map(|name| {
                     let array = checkpoint::find(tensors, checkpoint::KEPT, name)?;
                     Ok((name.clone(), array.clone()))
                 });
                 kept.collect::<Result<_>>()?
             }
-            _ => now,
+            false => now,
         };
         Ok(())
     }
@@ -592,7 +626,7 @@ impl<'a> Run<'a> {
         for (i, name, array) in self.optimizer.moments(&self.model.vars) {
             tensors.insert(format!("{}{name}", checkpoint::MOMENTS[i]), array);
         }
-        if best(&self.done.curve) < self.done.curve.len().checked_sub(1) {
+        if self.best() < self.done.curve.len() {
             for (name, array) in &self.kept {
                 tensors.insert(format!("{}{name}", checkpoint::KEPT), array.clone());
             }
@@ -650,21 +684,7 @@ impl<'a> Run<'a> {
             self.step += 1;
             self.report(loss as f64, None, progress);
         }
-        let validation = match task.validation.which {
-            [] => None,
-            which => {
-                let model = self.model.load(None)?;
-                let pictures = task.validation.states;
-                Some(evaluate::float(
-                    &model,
-                    pictures,
-                    which,
-                    &self.reads,
-                    self.workers,
-                    settings.shard,
-                )?)
-            }
-        };
+        let validation = self.validate()?;
         Ok(Epoch {
             train_loss: loss_sum / order.len() as f64,
             train_accuracy: right as f64 / order.len() as f64,
@@ -672,6 +692,24 @@ impl<'a> Run<'a> {
             validation_accuracy: validation.as_ref().map(|v| v.accuracy),
             seconds: self.seconds(),
         })
+    }
+
+    /// How the validation pictures are classified now, if there are any.
+    fn validate(&self) -> Result<Option<evaluate::Score>> {
+        let (pictures, shard) = (self.task.validation, self.task.settings.shard);
+        if pictures.which.is_empty() {
+            return Ok(None);
+        }
+        let (model, reads) = (self.model.load(None)?, &self.reads);
+        evaluate::float(
+            &model,
+            pictures.states,
+            pictures.which,
+            reads,
+            self.workers,
+            shard,
+        )
+        .map(Some)
     }
 
     fn seconds(&self) -> f64 {
@@ -692,7 +730,7 @@ impl<'a> Run<'a> {
             per_second: a_step / pace,
             seconds_left: (steps - self.step) as f64 * pace,
             ended,
-            best: best(&self.done.curve).map_or(0, |i| i + 1),
+            best: self.best(),
         });
     }
 
@@ -727,10 +765,11 @@ impl<'a> Run<'a> {
                 parameters: self.model.vars.count(),
                 pictures: task.train.which.len(),
                 views: states.views(),
-                epoch: best(&self.done.curve).map_or(0, |i| i + 1),
+                epoch: best(self.done.start, &self.done.curve),
                 train_accuracy: train.unwrap_or_default(),
                 validation_accuracy: validation,
                 seconds: self.done.seconds,
+                start: self.done.start,
                 curve: self.done.curve,
             },
             method,
@@ -843,7 +882,7 @@ mod tests {
 
     fn settings() -> Settings {
         Settings {
-            warm: 0,
+            warm: false,
             epochs: 24,
             batch: 12,
             rate: 0.05,
@@ -927,7 +966,7 @@ mod tests {
     }
 
     #[test]
-    fn training_starts_at_a_linear_probe() {
+    fn training_starts_at_what_a_discriminant_analysis_finds() {
         let world = World::new();
         for method in [
             world.owc(1, NormChoice::Layer),
@@ -935,7 +974,7 @@ mod tests {
             world.encoder(Tuning::LastLayers, 1),
         ] {
             let states = world.states(&method);
-            let [cold, warm] = [0, 60].map(|warm| {
+            let [cold, warm] = [false, true].map(|warm| {
                 let settings = Settings {
                     warm,
                     epochs: 1,
@@ -1143,9 +1182,17 @@ mod tests {
         };
         let curve = [(0.5, 1.0), (0.7, 2.0), (0.7, 1.5), (0.7, f64::NAN), (0.6, 0.1)];
         let curve = curve.map(|(accuracy, loss)| epoch(Some(accuracy), Some(loss)));
-        assert_eq!(best(&curve), Some(2));
-        assert_eq!(best(&[epoch(None, None); 3]), Some(2));
-        assert_eq!(best(&[]), None);
+        assert_eq!(best(None, &curve), 3);
+        assert_eq!(best(None, &[epoch(None, None); 3]), 3);
+        assert_eq!(best(None, &[]), 0);
+        let start = |validation_accuracy, validation_loss| {
+            Some(Start {
+                validation_loss,
+                validation_accuracy,
+            })
+        };
+        assert_eq!(best(start(0.8, 9.0), &curve), 0);
+        assert_eq!(best(start(0.7, 9.0), &curve), 3);
     }
 
     #[test]

@@ -117,8 +117,11 @@ fn what_is_trained_is_measured_in_every_arithmetic_and_planned() {
     // Of each class two pictures are kept to validate on.
     assert_eq!(trained["pictures"], 88);
     assert_eq!(trained["curve"].as_array().unwrap().len(), 6);
-    // What is kept is the best of the curve.
-    let kept = &trained["curve"][trained["epoch"].as_u64().unwrap() as usize - 1];
+    // What is kept is the best of the start and of the curve.
+    let kept = match trained["epoch"].as_u64().unwrap() {
+        0 => &trained["start"],
+        epoch => &trained["curve"][epoch as usize - 1],
+    };
     assert_eq!(kept["validation_accuracy"], trained["validation_accuracy"]);
     let epochs = trained["curve"].as_array().unwrap();
     let accuracy = |e: &Value| number(&e["validation_accuracy"]);

@@ -326,7 +326,7 @@ impl OwcConfig {
     }
 
     /// Attention of adapter `index`.
-    pub(crate) fn attention_of(&self, index: usize) -> AttentionSpec {
+    pub fn attention_of(&self, index: usize) -> AttentionSpec {
         self.attention
             .get(index)
             .copied()

@@ -441,9 +441,12 @@ impl Evaluate for Trainer<'_> {
                     &format!("{name}  epoch {}/{}  loss {:.3}", p.epoch, p.epochs, p.loss),
                 );
             };
-            let mut curve = train_until(task, epochs, show, self.interrupted)?;
+            let (start, mut curve) = train_until(task, epochs, show, self.interrupted)?;
             curve.truncate(epochs);
-            let kept = best(&curve).and_then(|i| curve[i].validation_accuracy);
+            let kept = match best(start, &curve) {
+                0 => start.map(|s| s.validation_accuracy),
+                number => curve[number - 1].validation_accuracy,
+            };
             kept.ok_or_else(|| veiltune_adapt::Error::Settings("no validation pictures".into()))
         })
     }

@@ -44,8 +44,8 @@ pub struct TrainArgs {
     /// Print one JSON object to standard output instead of text
     ///
     /// Its members: adapter and learning_curve (paths), backbone, peft_type, classes, skipped (unreadable pictures), settings,
-    /// parameters (trained values), pictures (or texts), views, epoch (whose parameters are kept, from 1), train_accuracy,
-    /// validation_accuracy, seconds, curve [{train_loss, train_accuracy, validation_loss, validation_accuracy, seconds}, one an
+    /// parameters (trained values), pictures (or texts), views, epoch (whose parameters are kept, from 1; 0: those that training began
+    /// with), train_accuracy, validation_accuracy, seconds, start {validation_loss, validation_accuracy}, curve [{train_loss, train_accuracy, validation_loss, validation_accuracy, seconds}, one an
     /// epoch], test {pictures, skipped, accuracy, loss}; and of one private image, exactly: comparison, rounds, online_bytes
     /// [client to provider, provider to client], dealer_bytes [to client, to provider]. Accuracies are 0 to 1.
     #[arg(long)]
@@ -325,9 +325,10 @@ fn line(number: usize, e: &Epoch, best: usize) -> String {
     );
     if let (Some(loss), Some(accuracy)) = (e.validation_loss, e.validation_accuracy) {
         text += &format!("; validation: loss {loss:.4}, accuracy {:.2} %", 100.0 * accuracy);
-        text += &match best == number {
-            true => ", the best so far".to_owned(),
-            false => format!("; the best is epoch {best}"),
+        text += &match best {
+            0 => "; the start is better".to_owned(),
+            _ if best == number => ", the best so far".to_owned(),
+            _ => format!("; the best is epoch {best}"),
         };
     }
     text
