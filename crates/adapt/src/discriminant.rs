@@ -4,7 +4,7 @@
 //! With standardised features x, class means m_c and the covariance S within classes, a class is as likely as
 //! `exp((x - m_c / 2)^T ((1 - a) S + a I)^-1 m_c / t)`. The shrinkage a and the temperature t are those of which a fifth of each class
 //! is the likeliest after a fit to the others. A few epochs of descent on the cross-entropy follow, with features left out at
-//! random: from here they gain two points, from zero they do not come as far.
+//! random: it leads further from here than from zero.
 
 use candle_core::{Device, Tensor};
 use nalgebra::DMatrix;
