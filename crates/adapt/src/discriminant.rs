@@ -1,10 +1,10 @@
 //! Linear discriminant analysis with a shrunk covariance (Friedman, Regularized discriminant analysis, JASA 1989): a linear
-//! classifier in closed form, which needs far fewer pictures a class than gradient descent does.
+//! classifier in closed form.
 //!
 //! With standardised features x, class means m_c and the covariance S within classes, a class is as likely as
 //! `exp((x - m_c / 2)^T ((1 - a) S + a I)^-1 m_c / t)`. The shrinkage a and the temperature t are those of which a fifth of each class
 //! is the likeliest after a fit to the others. A few epochs of descent on the cross-entropy follow, with features left out at
-//! random: it leads further from here than from zero.
+//! random.
 
 use candle_core::{Device, Tensor};
 use nalgebra::DMatrix;

@@ -252,7 +252,7 @@ pub struct Report {
 /// is no longer finite. [`Error::Settings`] if the folder has another run's state.
 pub fn train(task: &Task, progress: &mut dyn FnMut(Progress), interrupted: &AtomicBool) -> Result<Trained> {
     let workers = Workers::new(task.threads)?;
-    let mut run = Run::start(task, &workers)?;
+    let mut run = Run::start(task, &workers, interrupted)?;
     run.until(task.settings.epochs, progress, interrupted)?;
     run.finish(interrupted)
 }
@@ -266,7 +266,7 @@ pub fn train_until(
     interrupted: &AtomicBool,
 ) -> Result<(Option<Start>, Vec<Epoch>)> {
     let workers = Workers::new(task.threads)?;
-    let mut run = Run::start(task, &workers)?;
+    let mut run = Run::start(task, &workers, interrupted)?;
     run.until(epochs.min(task.settings.epochs), progress, interrupted)?;
     Ok((run.done.start, run.done.curve))
 }
@@ -504,7 +504,7 @@ impl<'a> Run<'a> {
         best(self.done.start, &self.done.curve)
     }
 
-    fn start(task: &'a Task<'a>, workers: &'a Workers) -> Result<Self> {
+    fn start(task: &'a Task<'a>, workers: &'a Workers, interrupted: &AtomicBool) -> Result<Self> {
         task.settings.check()?;
         task.method.check()?;
         if task.train.which.is_empty() {
@@ -544,20 +544,23 @@ impl<'a> Run<'a> {
         {
             run.resume(done, &tensors)?;
         } else {
-            run.warm_up()?;
+            run.warm_up(interrupted)?;
             run.kept = run.model.tensors()?;
         }
         Ok(run)
     }
 
     /// Begins with what a discriminant analysis finds.
-    fn warm_up(&mut self) -> Result<()> {
+    fn warm_up(&mut self, interrupted: &AtomicBool) -> Result<()> {
         let task = self.task;
         if !task.settings.warm || task.train.states.layers().is_none() {
             return Ok(());
         }
         if let Method::Owc(config) = task.method {
             for index in 0..config.scope {
+                if interrupted.load(Relaxed) {
+                    return Err(Error::Interrupted);
+                }
                 let found = self.ground().adapter(config, index)?;
                 self.model.set(found)?;
             }
