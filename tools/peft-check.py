@@ -11,13 +11,13 @@
 Run from the repository root:
 
     cargo build --release
-    python3 -m venv venv && venv/bin/pip install torch 'transformers<5.9' peft safetensors tokenizers numpy pillow
+    python3 -m venv venv && venv/bin/pip install torch 'transformers>=5.18' peft safetensors tokenizers numpy pillow
     venv/bin/python tools/peft-check.py [VEILTUNE]
 
 VEILTUNE is target/release/veiltune unless given. Models are tiny and random, or embedded; nothing is downloaded. Prints
 the largest difference of each comparison, and for each control the least that a wrong adapter changes. The exit status is
-1 if anything differs or goes wrong. `transformers` renamed the modules of ViT and DeiT in 5.9, those of DINOv2 in 5.18:
-where PEFT finds none, the adapter has the names of before or after.
+1 if anything differs or goes wrong. `transformers` renamed the modules of ViT and DeiT in 5.9, those of DINOv2 in 5.18.
+`veiltune import` reads adapters of before and after; PEFT with an earlier version finds nothing in ours.
 """
 import json
 import os
@@ -44,7 +44,7 @@ torch.set_num_threads(1)
 
 # Limits of differences of log-probabilities and losses: in floating point; there where GELU is the series that the
 # protocols have for it; in their fixed point, which draws masks; and, for floating point, the least that a control must see.
-FLOAT, SERIES, FIXED, CONTROL = 5e-5, 5e-4, 2e-2, 1e-2
+FLOAT, SERIES, FIXED, CONTROL = 5e-5, 2e-3, 2e-2, 1e-2
 
 SIDE, WIDTH, RANK = 16, 12, 3
 CLASSES = ["ant", "bee", "cow"]

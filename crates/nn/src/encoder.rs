@@ -42,7 +42,7 @@ pub enum Tuning {
         r: usize,
         /// The change is scaled by `lora_alpha / r`.
         lora_alpha: f64,
-        /// The layout's names of projections, or their last parts: query, value.
+        /// The layout's names of projections, or their last parts: q_proj, v_proj, or query, value as before transformers 5.9.
         target_modules: Vec<String>,
     },
     /// A bottleneck beside each MLP (Chen et al., NeurIPS 2022).
@@ -245,23 +245,31 @@ impl EncoderConfig {
         Ok(())
     }
 
+    /// The projections with a low-rank change, as the transformers library names them within their parents.
+    pub(crate) fn target_modules(&self) -> Vec<&'static str> {
+        let names = self.variant.layout.projections().into_iter();
+        let which = self.targets().unwrap_or_default();
+        let changed = names.zip(which).filter(|(_, changed)| *changed);
+        changed.map(|(name, _)| last_part(name)).collect()
+    }
+
     /// Which of query, key and value have a low-rank change.
     fn targets(&self) -> ModelResult<[bool; 3]> {
         let Tuning::Lora { target_modules, .. } = &self.tuning else {
             return Ok([false; 3]);
         };
-        let names = self.names().qkv;
+        let layout = self.variant.layout;
+        let names = layout.projections();
         let mut which = [false; 3];
         for module in target_modules {
-            let found = names
-                .iter()
-                .position(|name| name == module || name.ends_with(&format!(".{module}")));
-            match found {
+            let is = |name: &&str| *name == module || name.ends_with(&format!(".{module}"));
+            let mut either = [names, layout.earlier_projections()].into_iter();
+            match either.find_map(|names| names.iter().position(is)) {
                 Some(i) => which[i] = true,
                 None => {
                     return Err(Error::Config(format!(
                         "target module {module:?} is not supported; {} are",
-                        names.map(|n| n.rsplit('.').next().unwrap_or(n)).join(", ")
+                        names.map(last_part).join(", ")
                     )));
                 }
             }
@@ -423,6 +431,11 @@ impl EncoderConfig {
         }
         Ok(out)
     }
+}
+
+/// Of a dotted name.
+pub(crate) fn last_part(name: &str) -> &str {
+    name.rsplit('.').next().unwrap_or(name)
 }
 
 impl AttentionSpec {

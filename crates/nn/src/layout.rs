@@ -1,4 +1,4 @@
-//! How the checkpoints of vision transformers name their parameters.
+//! How the checkpoints of vision transformers name their parameters, and the transformers library its modules.
 //!
 //! One encoder serves them all; they differ in names and in a few optional parts.
 
@@ -103,6 +103,27 @@ const CLIP: Names = Names {
     ..VIT
 };
 
+/// Where blocks are, and within one the projections to queries, keys and values.
+struct Places {
+    blocks: &'static str,
+    qkv: [&'static str; 3],
+}
+
+/// The modules of the transformers library from 5.9 on; DINOv2 from 5.18 on. Its checkpoints have kept their names.
+const MODULES: [&str; 3] = ["attention.q_proj", "attention.k_proj", "attention.v_proj"];
+
+impl Places {
+    /// `name`, where it begins with something that has a place here, with its place among `others` instead.
+    fn rename(&self, name: &str, others: &Places) -> Option<String> {
+        let rest = name.strip_prefix(self.blocks)?.strip_prefix('.')?;
+        let (number, rest) = rest.split_once('.')?;
+        let mut pairs = self.qkv.iter().zip(others.qkv);
+        let rest = pairs.find_map(|(qkv, other)| Some((other, rest.strip_prefix(qkv)?)));
+        let (other, part) = rest.filter(|(_, part)| part.is_empty() || part.starts_with('.'))?;
+        Some(format!("{}.{number}.{other}{part}", others.blocks))
+    }
+}
+
 impl Layout {
     pub(crate) fn names(self) -> &'static Names {
         match self {
@@ -112,9 +133,48 @@ impl Layout {
         }
     }
 
-    /// Names within a block of the projections to queries, keys and values.
+    fn places(self) -> Places {
+        Places {
+            blocks: self.names().blocks,
+            qkv: self.names().qkv,
+        }
+    }
+
+    /// Those of the transformers library's modules.
+    fn modules(self) -> Places {
+        match self {
+            Layout::Vit => Places {
+                blocks: "layers",
+                qkv: MODULES,
+            },
+            Layout::Dinov2 => Places {
+                qkv: MODULES,
+                ..self.places()
+            },
+            Layout::Clip => self.places(),
+        }
+    }
+
+    /// Names within a block of the projections to queries, keys and values, in the transformers library.
     pub fn projections(self) -> [&'static str; 3] {
-        self.names().qkv
+        self.modules().qkv
+    }
+
+    /// The same in its earlier versions and in checkpoints.
+    pub(crate) fn earlier_projections(self) -> [&'static str; 3] {
+        self.places().qkv
+    }
+
+    /// The name in the transformers library of what in a checkpoint is `name`, as far as it is of a block's projections.
+    pub(crate) fn module_name(self, name: &str) -> String {
+        let renamed = self.places().rename(name, &self.modules());
+        renamed.unwrap_or_else(|| name.to_owned())
+    }
+
+    /// The other way.
+    pub(crate) fn checkpoint_name(self, name: &str) -> String {
+        let renamed = self.modules().rename(name, &self.places());
+        renamed.unwrap_or_else(|| name.to_owned())
     }
 
     /// Name of the norm that follows the last block, where a checkpoint has one.

@@ -93,7 +93,7 @@ impl Classifier {
             return Ok(adapter::write(dir, &self.config, &self.weights, Precision::F32)?);
         };
         let mut method = serde_json::Value::from(self.config.method.clone());
-        for (field, value) in peft::extra_fields(lora) {
+        for (field, value) in peft::fields(lora) {
             method[field] = value;
         }
         let config = AdapterConfig {

@@ -2,7 +2,11 @@
 //!
 //! Ours are written with PEFT's names, so that it can read them; and those that it wrote can be taken over. They lack what a
 //! private program needs besides: the architecture, which the backbone has, names of the classes, and calibrated ranges.
+//!
+//! The names are those of modules, which the transformers library has changed (5.9 those of ViT and DeiT, 5.18 those of DINOv2).
+//! Written are the present ones; read are both.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde::Deserialize;
@@ -23,8 +27,15 @@ const CLASSIFIER: &str = "classifier";
 /// In place of the safetensors file in old artefacts.
 const PICKLE: &str = "adapter_model.bin";
 
+/// Whose names of modules.
+#[derive(Clone, Copy, PartialEq)]
+enum Naming {
+    Present,
+    Earlier,
+}
+
 /// The name in an artefact of the provider's parameter `name`.
-fn stored_name(c: &EncoderConfig, name: &str) -> String {
+fn stored_name(c: &EncoderConfig, name: &str, naming: Naming) -> String {
     let tower = match c.variant.layout {
         Layout::Vit if c.variant.distilled => "deit",
         Layout::Vit => "vit",
@@ -34,14 +45,16 @@ fn stored_name(c: &EncoderConfig, name: &str) -> String {
     match name.split_once('.') {
         Some(("head", part)) => format!("{ROOT}{CLASSIFIER}.{part}"),
         Some(("norm", part)) => format!("{ROOT}{tower}.{}.{part}", c.variant.layout.final_norm()),
-        _ => format!("{ROOT}{tower}.{name}"),
+        _ if naming == Naming::Earlier => format!("{ROOT}{tower}.{name}"),
+        _ => format!("{ROOT}{tower}.{}", c.variant.layout.module_name(name)),
     }
 }
 
-/// What PEFT asks of a configuration besides, to find the modules that are trained whole, the norm and the head.
-pub(crate) fn extra_fields(c: &EncoderConfig) -> [(&'static str, Value); 2] {
+/// What PEFT needs of a configuration to find the modules that are changed and, the norm and the head, trained whole.
+pub(crate) fn fields(c: &EncoderConfig) -> [(&'static str, Value); 3] {
     let whole = [c.variant.layout.final_norm(), CLASSIFIER];
     [
+        ("target_modules", c.target_modules().into()),
         ("modules_to_save", whole.to_vec().into()),
         ("bias", "none".into()),
     ]
@@ -51,20 +64,22 @@ pub(crate) fn extra_fields(c: &EncoderConfig) -> [(&'static str, Value); 2] {
 pub(crate) fn store(c: &EncoderConfig, weights: &Tensors) -> Tensors {
     let renamed = weights
         .iter()
-        .map(|(name, array)| (stored_name(c, name), array.clone()));
+        .map(|(name, array)| (stored_name(c, name, Naming::Present), array.clone()));
     renamed.collect()
 }
 
 /// With the names of [`crate::Vit`], as artefacts of earlier releases have them, too.
 pub(crate) fn restore(c: &EncoderConfig, stored: Tensors) -> Result<Tensors> {
     let mut out = Tensors::new();
-    let ours: Vec<(String, String)> = private(c)?
-        .into_iter()
-        .map(|(name, _)| (stored_name(c, &name), name))
-        .collect();
+    let mut ours = BTreeMap::new();
+    for (name, _) in private(c)? {
+        for naming in [Naming::Earlier, Naming::Present] {
+            ours.insert(stored_name(c, &name, naming), name.clone());
+        }
+    }
     for (name, array) in stored {
-        let found = ours.iter().find(|(stored, _)| *stored == name);
-        out.insert(found.map_or(name, |(_, ours)| ours.clone()), array);
+        let name = ours.get(&name).cloned().unwrap_or(name);
+        out.insert(name, array);
     }
     Ok(out)
 }
@@ -158,9 +173,14 @@ pub fn import(dir: &Path, backbone: &Backbone, labels: Option<Vec<String>>) -> R
         return refuse(format!("{PICKLE} is a pickle; save the adapter as safetensors"));
     }
 
-    let mut found = Tensors::new();
+    let (mut found, mut naming) = (Tensors::new(), Naming::Present);
     for (name, array) in Checkpoint::open(&dir.join(adapter::MODEL_FILE))?.arrays()? {
-        found.insert(ours(&name, layout), array);
+        let name = ours(&name, layout);
+        let in_checkpoints = layout.checkpoint_name(&name);
+        if in_checkpoints == name && layout.module_name(&name) != name {
+            naming = Naming::Earlier;
+        }
+        found.insert(in_checkpoints, array);
     }
     let classes = found.get("head.weight").and_then(|w| w.dims.first().copied());
     let Some(classes) = classes else {
@@ -197,7 +217,7 @@ pub fn import(dir: &Path, backbone: &Backbone, labels: Option<Vec<String>>) -> R
         labels,
     );
     config.check()?;
-    let weights = complete(&config, found, backbone)?;
+    let weights = complete(&config, found, naming, backbone)?;
     let fingerprint = backbone.fingerprint()?;
     Ok(Classifier {
         config: AdapterConfig {
@@ -213,7 +233,7 @@ pub fn import(dir: &Path, backbone: &Backbone, labels: Option<Vec<String>>) -> R
 /// More classes than any head has, before anything is allocated for them.
 const MAX_CLASSES: usize = 1 << 16;
 
-/// Our name of a tensor of a PEFT artefact.
+/// Our name of a tensor of a PEFT artefact, except that of a projection.
 fn ours(stored: &str, layout: Layout) -> String {
     let mut name = stored.strip_prefix(ROOT).unwrap_or(stored).to_owned();
     for infix in WHOLE {
@@ -233,18 +253,19 @@ fn ours(stored: &str, layout: Layout) -> String {
 }
 
 /// All of the provider's parameters, each of its right shape, and nothing else.
-fn complete(c: &EncoderConfig, mut found: Tensors, backbone: &Backbone) -> Result<Tensors> {
+fn complete(c: &EncoderConfig, mut found: Tensors, naming: Naming, backbone: &Backbone) -> Result<Tensors> {
     let mut out = Tensors::new();
+    let stored_name = |name: &str| stored_name(c, name, naming);
     for (name, dims) in private(c)? {
         let array: Array = match (found.remove(&name), name.strip_prefix("norm.")) {
             (Some(array), _) => array,
             (None, Some(part)) => {
                 backbone.parameter(&format!("{}.{part}", c.variant.layout.final_norm()), &dims)?
             }
-            (None, None) => return Err(Error::Config(format!("no tensor {}", stored_name(c, &name)))),
+            (None, None) => return Err(Error::Config(format!("no tensor {}", stored_name(&name)))),
         };
         if array.dims != dims {
-            let (stored, got) = (stored_name(c, &name), array.dims);
+            let (stored, got) = (stored_name(&name), array.dims);
             return Err(Error::Config(format!(
                 "tensor {stored} is {got:?}, not {dims:?}: it is for another backbone or rank"
             )));

@@ -5,10 +5,12 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 use veiltune_engine::{Backend, Owner, Plain};
-use veiltune_hub::{Array, Checkpoint, Precision, Tensors, safetensors};
+use veiltune_hub::{AdapterConfig, Array, Checkpoint, Precision, Tensors, safetensors};
+use veiltune_nn::attention::AttentionKind;
+use veiltune_nn::encoder::{EncoderConfig, Tuning};
 use veiltune_nn::load::{Classifier, params};
 use veiltune_nn::method::State;
-use veiltune_nn::{Backbone, Vit, peft};
+use veiltune_nn::{Backbone, Method, Vit, peft};
 
 fn backbone(case: &str) -> Backbone {
     let vectors = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/vectors");
@@ -27,19 +29,34 @@ fn array(dims: &[usize], seed: usize) -> Array {
 const RANK: usize = 3;
 const CLASSES: usize = 4;
 
+/// Names of modules in the transformers library: of the blocks, and of query and value within one.
+type Names = (&'static str, [&'static str; 2]);
+/// From 5.9 on.
+const PRESENT: Names = ("layers", ["attention.q_proj", "attention.v_proj"]);
+/// Before.
+const EARLIER: Names = (
+    "encoder.layer",
+    ["attention.attention.query", "attention.attention.value"],
+);
+
+fn last(name: &str) -> &str {
+    name.rsplit('.').next().unwrap()
+}
+
 /// What PEFT writes for a ViT classifier of width 12 with two blocks, query and value changed, the head trained whole.
-fn foreign() -> (Value, Tensors) {
+fn foreign((blocks, changed): Names) -> (Value, Tensors) {
     let config = json!({
         "alpha_pattern": {}, "auto_mapping": null, "base_model_name_or_path": "google/vit-tiny", "bias": "none",
         "fan_in_fan_out": false, "inference_mode": true, "init_lora_weights": true, "layers_pattern": null,
         "layers_to_transform": null, "lora_alpha": 6, "lora_dropout": 0.1, "modules_to_save": ["classifier"],
-        "peft_type": "LORA", "r": RANK, "rank_pattern": {}, "revision": null, "target_modules": ["value", "query"],
+        "peft_type": "LORA", "r": RANK, "rank_pattern": {}, "revision": null,
+        "target_modules": [last(changed[1]), last(changed[0])],
         "task_type": null, "use_dora": false, "use_rslora": false
     });
     let mut tensors = Tensors::new();
     for layer in 0..2 {
-        for (i, module) in ["query", "value"].into_iter().enumerate() {
-            let at = format!("base_model.model.vit.encoder.layer.{layer}.attention.attention.{module}");
+        for (i, module) in changed.into_iter().enumerate() {
+            let at = format!("base_model.model.vit.{blocks}.{layer}.{module}");
             let seed = 4 * layer + 2 * i;
             tensors.insert(format!("{at}.lora_A.weight"), array(&[RANK, 12], seed));
             tensors.insert(format!("{at}.lora_B.weight"), array(&[12, RANK], seed + 1));
@@ -84,7 +101,8 @@ fn logits(classifier: &Classifier, backbone: &Backbone) -> Vec<f32> {
     logits.flatten_all().unwrap().to_vec1().unwrap()
 }
 
-/// By the definition: the changed weights in the backbone itself, its norm, and the head on the class token.
+/// By the definition: the changed weights in the backbone itself, its norm, and the head on the class token. Checkpoints
+/// have the earlier names.
 fn reference(factor: f32, tensors: &Tensors) -> Vec<f32> {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/vectors/vit");
     let stored = Checkpoint::open(&dir.join("model.safetensors"))
@@ -142,8 +160,12 @@ fn distance(a: &[f32], b: &[f32]) -> f32 {
 #[test]
 fn a_lora_of_peft_is_taken_over_and_computes_what_it_says() {
     let backbone = backbone("vit");
-    let (mut config, tensors) = foreign();
+    let (mut config, tensors) = foreign(EARLIER);
     let classifier = peft::import(write(&config, &tensors).path(), &backbone, None).unwrap();
+    let (present, renamed) = foreign(PRESENT);
+    let of_present = peft::import(write(&present, &renamed).path(), &backbone, None).unwrap();
+    assert_eq!(of_present.weights, classifier.weights);
+    assert_eq!(logits(&of_present, &backbone), logits(&classifier, &backbone));
     assert_eq!(classifier.config.base_model_name_or_path, "google/vit-tiny");
     assert_eq!(classifier.config.method.labels()[3], "LABEL_3");
     let got = logits(&classifier, &backbone);
@@ -171,8 +193,10 @@ fn a_lora_of_peft_is_taken_over_and_computes_what_it_says() {
 #[test]
 fn ours_has_the_names_of_peft_and_reads_back() {
     let backbone = backbone("vit");
-    let (config, tensors) = foreign();
+    let (config, tensors) = foreign(EARLIER);
     let classifier = peft::import(write(&config, &tensors).path(), &backbone, None).unwrap();
+    // Whatever the names of what was taken over.
+    let (_, tensors) = foreign(PRESENT);
     let dir = tempfile::tempdir().unwrap();
     classifier.write(dir.path()).unwrap();
     let stored = Checkpoint::open(&dir.path().join("adapter_model.safetensors")).unwrap();
@@ -197,27 +221,80 @@ fn ours_has_the_names_of_peft_and_reads_back() {
         ("peft_type", json!("LORA")),
         ("r", json!(3)),
         ("lora_alpha", json!(6.0)),
-        ("target_modules", json!(["value", "query"])),
+        ("target_modules", json!(["q_proj", "v_proj"])),
         ("modules_to_save", json!(["layernorm", "classifier"])),
     ] {
         assert_eq!(written[field], value, "{field}");
     }
     let back = Classifier::open(dir.path()).unwrap();
-    assert_eq!(
-        (&back.config, &back.weights),
-        (&classifier.config, &classifier.weights)
-    );
+    assert_eq!(back.weights, classifier.weights);
+    assert_eq!(logits(&back, &backbone), logits(&classifier, &backbone));
 
-    // As an earlier release wrote them.
+    // As earlier releases wrote them: with our own names, or those of PEFT with an earlier transformers library.
     let path = dir.path().join("adapter_model.safetensors");
-    safetensors::write(&path, &classifier.weights, Precision::F32).unwrap();
-    assert_eq!(Classifier::open(dir.path()).unwrap().weights, classifier.weights);
+    let as_was = |name: &str| {
+        let name = name.replace("vit.layers", "vit.encoder.layer");
+        name.replace(".q_proj", ".attention.query")
+            .replace(".v_proj", ".attention.value")
+    };
+    let earlier: Tensors = stored.iter().map(|(name, t)| (as_was(name), t.clone())).collect();
+    assert!(
+        earlier.contains_key("base_model.model.vit.encoder.layer.0.attention.attention.query.lora_A.weight")
+    );
+    let mut written = written;
+    for stored in [&classifier.weights, &earlier] {
+        written["target_modules"] = json!(["value", "query"]);
+        fs::write(dir.path().join("adapter_config.json"), written.to_string()).unwrap();
+        safetensors::write(&path, stored, Precision::F32).unwrap();
+        let back = Classifier::open(dir.path()).unwrap();
+        assert_eq!(back.weights, classifier.weights);
+        assert_eq!(logits(&back, &backbone), logits(&classifier, &backbone));
+    }
 
     // What PEFT wrote cannot be opened as it is, and the way is named.
     let e = Classifier::open(write(&config, &tensors).path())
         .unwrap_err()
         .to_string();
     assert!(e.contains("veiltune import"), "{e}");
+}
+
+#[test]
+fn modules_are_named_as_in_each_layout() {
+    let plain = "encoder.layer.1.attention.attention.key";
+    for (case, in_checkpoint, module) in [
+        ("vit", plain, "vit.layers.1.attention.k_proj"),
+        ("deit", plain, "deit.layers.1.attention.k_proj"),
+        ("dinov2", plain, "dinov2.encoder.layer.1.attention.k_proj"),
+        (
+            "clip",
+            "encoder.layers.1.self_attn.k_proj",
+            "vision_model.encoder.layers.1.self_attn.k_proj",
+        ),
+    ] {
+        let backbone = backbone(case);
+        let projections = backbone.variant.layout.projections();
+        let tuning = Tuning::Lora {
+            r: 1,
+            lora_alpha: 1.0,
+            target_modules: vec![projections[1].to_owned()],
+        };
+        let (vit, kind) = (&backbone.config, AttentionKind::Softmax);
+        let labels = vec!["one".to_owned(), "two".to_owned()];
+        let config = EncoderConfig::new(tuning, vit, backbone.variant, vit.num_hidden_layers, kind, labels);
+        let config = AdapterConfig {
+            base_model_name_or_path: case.into(),
+            base_model_sha256: None,
+            text: None,
+            method: Method::Encoder(config),
+        };
+        let name = |module: &str| format!("{module}.lora_B.weight");
+        let weights = Tensors::from([(name(in_checkpoint), array(&[vit.hidden_size, 1], 3))]);
+        let dir = tempfile::tempdir().unwrap();
+        Classifier { config, weights }.write(dir.path()).unwrap();
+        let stored = Checkpoint::open(&dir.path().join("adapter_model.safetensors")).unwrap();
+        let stored: Vec<_> = stored.arrays().unwrap().into_keys().collect();
+        assert_eq!(stored, [name(&format!("base_model.model.{module}"))]);
+    }
 }
 
 /// What a test does to an artefact.
@@ -227,7 +304,7 @@ type Change = fn(&mut Value, &mut Tensors);
 fn what_is_not_adapted_here_is_named() {
     let backbone = backbone("vit");
     let query = "base_model.model.vit.encoder.layer.0.attention.attention.query.lora_A.weight";
-    assert!(foreign().1.contains_key(query));
+    assert!(foreign(EARLIER).1.contains_key(query));
     let changes: [(Change, &str); 13] = [
         (
             |c, _| c["target_modules"] = json!(["query", "dense"]),
@@ -265,13 +342,22 @@ fn what_is_not_adapted_here_is_named() {
         ),
     ];
     for (change, complaint) in changes {
-        let (mut config, mut tensors) = foreign();
+        let (mut config, mut tensors) = foreign(EARLIER);
         change(&mut config, &mut tensors);
         let dir = write(&config, &tensors);
         let e = peft::import(dir.path(), &backbone, None).unwrap_err().to_string();
         assert!(e.contains(complaint), "{complaint}: {e}");
     }
-    let (config, tensors) = foreign();
+    // Tensors are called what they would be called beside the others of the file.
+    let (config, mut tensors) = foreign(PRESENT);
+    tensors.retain(|name, _| !name.contains("layers.1.attention.v_proj.lora_B"));
+    let dir = write(&config, &tensors);
+    let e = peft::import(dir.path(), &backbone, None).unwrap_err().to_string();
+    assert!(
+        e.contains("no tensor base_model.model.vit.layers.1.attention.v_proj.lora_B.weight"),
+        "{e}"
+    );
+    let (config, tensors) = foreign(EARLIER);
     let dir = write(&config, &tensors);
     let labels = Some(vec!["one".to_owned()]);
     let e = peft::import(dir.path(), &backbone, labels)

@@ -198,17 +198,10 @@ impl MethodArgs {
             (Which::LastLayer, Some(vision)) => encoder(vision, Tuning::LastLayers, self.scope),
             (Which::Lora, Some(vision)) => {
                 let projections = vision.1.layout.projections();
-                let name = |i: usize| {
-                    projections[i]
-                        .rsplit('.')
-                        .next()
-                        .unwrap_or(projections[i])
-                        .to_owned()
-                };
                 let tuning = Tuning::Lora {
                     r: rank,
                     lora_alpha: 2.0 * rank as f64,
-                    target_modules: vec![name(0), name(2)],
+                    target_modules: vec![projections[0].into(), projections[2].into()],
                 };
                 encoder(vision, tuning, all)
             }

@@ -61,7 +61,7 @@ fn method(name: &str, backbone: &Backbone) -> Method {
             Tuning::Lora {
                 r: 4,
                 lora_alpha: 4.0,
-                target_modules: vec!["query".into(), "value".into()],
+                target_modules: vec!["q_proj".into(), "v_proj".into()],
             },
             vit.num_hidden_layers,
         ),
