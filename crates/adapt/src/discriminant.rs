@@ -2,37 +2,40 @@
 //! classifier in closed form.
 //!
 //! With standardised features x, class means m_c and the covariance S within classes, a class is as likely as
-//! `exp((x - m_c / 2)^T ((1 - a) S + a I)^-1 m_c / t)`. The shrinkage a and the temperature t are those of which a fifth of each class
-//! is the likeliest after a fit to the others. A few epochs of descent on the cross-entropy follow, with features left out at
-//! random.
+//! `exp((x - m_c / 2)^T ((1 - a) S + a I)^-1 m_c / t)`. A few epochs of descent on the cross-entropy may follow, with features left
+//! out at random. The shrinkage a, the temperature t, and whether and with how many features left out it descends, are those of
+//! which a fifth of each class is the likeliest after a fit to the others.
+
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use candle_core::{Device, Tensor};
-use nalgebra::DMatrix;
+use faer::linalg::solvers::Solve;
+use faer::{Mat, MatRef, Side};
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 
-use crate::optim::{Optimizer, Rule, cosine, cross_entropy, gradients};
+use crate::optim::{Optimizer, Rule, cosine};
 use crate::workers::Workers;
 use crate::{Error, Result, Variables};
 
 /// Shrinkages to choose from.
 const SHRINKAGES: [f64; 8] = [0.01, 0.03, 0.06, 0.12, 0.2, 0.3, 0.5, 0.7];
 /// Temperatures to choose from.
-const TEMPERATURES: [f64; 6] = [1.0, 1.4, 2.0, 2.8, 4.0, 5.6];
+const TEMPERATURES: [f64; 8] = [1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 11.0];
+/// Probabilities to choose from with which the descent leaves a feature out of a step.
+const DROPOUTS: [f64; 3] = [0.0, 0.25, 0.5];
 /// One example of each class in so many is held out for the choice.
 const FOLDS: usize = 5;
-/// Examples of one product.
-const CHUNK: usize = 1000;
+/// Columns of one product.
+const COLUMNS: usize = 256;
 /// Epochs of descent.
 const EPOCHS: usize = 15;
 /// Examples of one step.
 const BATCH: usize = 256;
-/// Peak learning rate of AdamW, and its weight decay, on standardised features.
-const RATE: f32 = 2e-3;
-const DECAY: f32 = 0.05;
-/// Probability with which a feature is left out of a step.
-const DROPOUT: f32 = 0.5;
+/// Peak learning rate of AdamW on standardised features, as a share of the weights' root mean square: where few examples make the
+/// analysis shrink much, its weights are small, and so are the steps.
+const RATE: f64 = 0.01;
 
 /// Features `[examples, width]`, row after row, and their labels.
 #[derive(Clone, Copy)]
@@ -43,31 +46,40 @@ pub struct Examples<'a> {
     pub classes: usize,
 }
 
+/// What a fit is done with.
+#[derive(Clone, Copy)]
+pub struct Means<'a> {
+    pub workers: &'a Workers,
+    /// Of the descent's order, and of what it leaves out.
+    pub seed: u64,
+    /// Ends it with [`Error::Interrupted`].
+    pub interrupted: &'a AtomicBool,
+}
+
 /// What is chosen.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Choice {
     shrinkage: f64,
     temperature: f64,
+    /// None: no descent.
+    dropout: Option<f64>,
 }
 
 /// Logits `weight x + bias` of the features as they are.
 pub struct Discriminant {
     /// `[classes, width]`.
-    pub weight: DMatrix<f64>,
+    pub weight: Mat<f64>,
     pub bias: Vec<f64>,
+    /// Logits of the mean of the examples.
+    pub mean: Vec<f64>,
 }
 
 impl Discriminant {
-    /// Fits to `examples`, with a choice if there is one already; the descent's order is drawn by `seed`.
+    /// Fits to `examples`, with a choice if there is one already.
     ///
     /// # Errors
     /// If there is no example, or a feature is not finite.
-    pub fn fit(
-        examples: &Examples,
-        choice: Option<Choice>,
-        seed: u64,
-        workers: &Workers,
-    ) -> Result<(Discriminant, Choice)> {
+    pub fn fit(examples: &Examples, choice: Option<Choice>, means: Means) -> Result<(Discriminant, Choice)> {
         let (n, width) = (examples.labels.len(), examples.width);
         if n == 0 || width == 0 || examples.features.iter().any(|x| !x.is_finite()) {
             return Err(Error::Settings(
@@ -76,34 +88,46 @@ impl Discriminant {
             ));
         }
         let scale = Scale::of(examples);
-        // Of each class, the last of every FOLDS examples is held out.
+        // Of each class, the last of every FOLDS examples is held out; those come last here.
         let mut seen = vec![0_usize; examples.classes];
-        let held: Vec<bool> = examples
-            .labels
+        let (held, mut order): (Vec<usize>, Vec<usize>) = (0..n).partition(|&i| {
+            let count = &mut seen[examples.labels[i] as usize];
+            *count += 1;
+            count.is_multiple_of(FOLDS)
+        });
+        let fitted = order.len();
+        order.extend(held);
+        let rows = order
             .iter()
-            .map(|&label| {
-                let count = &mut seen[label as usize];
-                *count += 1;
-                count.is_multiple_of(FOLDS)
-            })
-            .collect();
-        let fitted = Moments::of(examples, &scale, |i| !held[i]);
+            .flat_map(|i| scale.apply(&examples.features[i * width..][..width]));
+        let standard: Vec<f32> = rows.collect();
+        let labels: Vec<u32> = order.iter().map(|&i| examples.labels[i]).collect();
+        let all = Standardised {
+            features: &standard,
+            labels: &labels,
+            width,
+            classes: examples.classes,
+        };
+        let (fitted, held) = all.split(fitted);
+        let mut moments = fitted.moments(means.workers);
         let choice = match choice {
             Some(choice) => choice,
-            None => fitted.choose(examples, &scale, &held)?,
+            None => choose(&fitted, &held, &moments, means)?,
         };
-        let mut all = Moments::of(examples, &scale, |i| held[i]);
-        all.add(&fitted);
-        let (weight, bias) = all.solve(choice.shrinkage)?;
-        let by = 1.0 / choice.temperature;
-        let (weight, bias) = (weight * by, bias.iter().map(|b| b * by).collect::<Vec<_>>());
-        let (weight, bias) = descend(examples, &scale, (weight, bias), seed, workers)?;
-        // From standardised features to those that are given.
-        let given = weight.map_with_location(|_, j, w| w / scale.deviation[j]);
-        let shift = |c: usize| (0..width).map(|j| given[(c, j)] * scale.mean[j]).sum::<f64>();
-        let bias = bias.iter().enumerate().map(|(c, b)| b - shift(c)).collect();
-        let weight = given;
-        Ok((Discriminant { weight, bias }, choice))
+        moments.add(&held.moments(means.workers));
+        let found = moments.solve(choice.shrinkage)?.cooled(choice.temperature);
+        let found = match choice.dropout {
+            Some(dropout) => found.descend(&all, dropout, means)?,
+            None => found,
+        };
+        // From standardised features, whose mean is zero, to those that are given.
+        let weight = Mat::from_fn(examples.classes, width, |c, j| {
+            found.weight[(c, j)] / scale.deviation[j]
+        });
+        let shift = |c: usize| (0..width).map(|j| weight[(c, j)] * scale.mean[j]).sum::<f64>();
+        let bias = found.bias.iter().enumerate().map(|(c, b)| b - shift(c)).collect();
+        let mean = found.bias;
+        Ok((Discriminant { weight, bias, mean }, choice))
     }
 }
 
@@ -143,93 +167,80 @@ impl Scale {
     }
 }
 
-/// Descent on the cross-entropy of standardised features from a weight and a bias.
-fn descend(
-    examples: &Examples,
-    scale: &Scale,
-    (weight, bias): (DMatrix<f64>, Vec<f64>),
-    seed: u64,
-    workers: &Workers,
-) -> Result<(DMatrix<f64>, Vec<f64>)> {
-    let (n, width, classes) = (examples.labels.len(), examples.width, examples.classes);
-    let shapes = [
-        ("bias".to_owned(), vec![classes]),
-        ("weight".to_owned(), vec![classes, width]),
-    ];
-    let vars = Variables::new(&shapes, |name, _| match name {
-        "bias" => bias.iter().map(|v| *v as f32).collect(),
-        _ => weight.transpose().iter().map(|v| *v as f32).collect(),
-    })?;
-    let (var_bias, var_weight) = (vars.vars()[0].clone(), vars.vars()[1].clone());
-    let mut optimizer = Optimizer::new(Rule::ADAMW, DECAY, f32::INFINITY, &vars);
-    let mut rng = StdRng::seed_from_u64(seed);
-    let mut order: Vec<usize> = (0..n).collect();
-    let steps = n.div_ceil(BATCH) * EPOCHS;
-    let mut step = 0;
-    for _ in 0..EPOCHS {
-        order.shuffle(&mut rng);
-        for batch in order.chunks(BATCH) {
-            let row = |i: &usize| scale.apply(&examples.features[i * width..][..width]);
-            let mut x: Vec<f32> = batch.iter().flat_map(row).collect();
-            for v in &mut x {
-                *v *= if rng.random::<f32>() < DROPOUT {
-                    0.0
-                } else {
-                    1.0 / (1.0 - DROPOUT)
-                };
+/// Examples whose features are standardised.
+#[derive(Clone, Copy)]
+struct Standardised<'a> {
+    features: &'a [f32],
+    labels: &'a [u32],
+    width: usize,
+    classes: usize,
+}
+
+impl Standardised<'_> {
+    /// The first `count`, and the others.
+    fn split(&self, count: usize) -> (Standardised<'_>, Standardised<'_>) {
+        let (features, other_features) = self.features.split_at(count * self.width);
+        let (labels, other_labels) = self.labels.split_at(count);
+        (
+            Standardised {
+                features,
+                labels,
+                ..*self
+            },
+            Standardised {
+                features: other_features,
+                labels: other_labels,
+                ..*self
+            },
+        )
+    }
+
+    fn rows(&self) -> MatRef<'_, f32> {
+        MatRef::from_row_major_slice(self.features, self.labels.len(), self.width)
+    }
+
+    fn moments(&self, workers: &Workers) -> Moments {
+        let (x, width) = (self.rows(), self.width);
+        let mut sums = Mat::zeros(self.classes, width);
+        let mut counts = vec![0.0; self.classes];
+        for (row, &label) in self.features.chunks_exact(width).zip(self.labels) {
+            counts[label as usize] += 1.0;
+            for (j, value) in row.iter().enumerate() {
+                sums[(label as usize, j)] += f64::from(*value);
             }
-            let x = Tensor::from_vec(x, (batch.len(), width), &Device::Cpu)?;
-            let labels: Vec<u32> = batch.iter().map(|&i| examples.labels[i]).collect();
-            let labels = Tensor::from_vec(labels, batch.len(), &Device::Cpu)?;
-            let loss = |(): &()| -> Result<(Tensor, ())> {
-                let logits = x.matmul(&var_weight.t()?)?.broadcast_add(&var_bias)?;
-                Ok((cross_entropy(&logits, &labels)?, ()))
-            };
-            let (_, grads, _) = gradients(workers, &vars, &[()], &[1.0], loss)?;
-            optimizer.step(&vars, &grads, cosine(RATE, step, steps, steps / 50))?;
-            step += 1;
+        }
+        // The lower half, a block of columns after the other.
+        let blocks: Vec<usize> = (0..width).step_by(COLUMNS).collect();
+        let product = |&from: &usize| {
+            let columns = x.subcols(from, COLUMNS.min(width - from));
+            x.subcols(from, width - from).transpose() * columns
+        };
+        let mut products = Mat::zeros(width, width);
+        for (from, block) in blocks.iter().zip(workers.map(&blocks, product)) {
+            for j in 0..block.ncols() {
+                for i in j..block.nrows() {
+                    products[(from + i, from + j)] = f64::from(block[(i, j)]);
+                }
+            }
+        }
+        Moments {
+            products,
+            sums,
+            counts,
         }
     }
-    let values = |var: &Tensor| var.flatten_all()?.to_vec1::<f32>();
-    let weight = values(&var_weight)?.into_iter().map(f64::from);
-    let bias = values(&var_bias)?.into_iter().map(f64::from).collect();
-    Ok((DMatrix::from_row_iterator(classes, width, weight), bias))
 }
 
 /// Sums over standardised examples.
 struct Moments {
-    /// `x^T x`.
-    products: DMatrix<f64>,
+    /// `x^T x`, of which the lower half counts.
+    products: Mat<f64>,
     /// Of each class, `[classes, width]`.
-    sums: DMatrix<f64>,
+    sums: Mat<f64>,
     counts: Vec<f64>,
 }
 
 impl Moments {
-    fn of(examples: &Examples, scale: &Scale, which: impl Fn(usize) -> bool) -> Moments {
-        let width = examples.width;
-        let mut moments = Moments {
-            products: DMatrix::zeros(width, width),
-            sums: DMatrix::zeros(examples.classes, width),
-            counts: vec![0.0; examples.classes],
-        };
-        let rows: Vec<usize> = (0..examples.labels.len()).filter(|&i| which(i)).collect();
-        for chunk in rows.chunks(CHUNK) {
-            let row = |i: &usize| scale.apply(&examples.features[i * width..][..width]);
-            // Columns are examples.
-            let x = DMatrix::<f32>::from_iterator(width, chunk.len(), chunk.iter().flat_map(row));
-            moments.products += (&x * x.transpose()).cast::<f64>();
-            for (column, &i) in x.column_iter().zip(chunk) {
-                let class = examples.labels[i] as usize;
-                moments.counts[class] += 1.0;
-                for (j, value) in column.iter().enumerate() {
-                    moments.sums[(class, j)] += f64::from(*value);
-                }
-            }
-        }
-        moments
-    }
-
     fn add(&mut self, other: &Moments) {
         self.products += &other.products;
         self.sums += &other.sums;
@@ -239,66 +250,185 @@ impl Moments {
             .for_each(|(a, b)| *a += b);
     }
 
-    /// Weights and biases for standardised features, at temperature one. A class without an example is one of few at the mean.
-    fn solve(&self, shrinkage: f64) -> Result<(DMatrix<f64>, Vec<f64>)> {
+    /// At temperature one. A class without an example is one of few at the mean.
+    fn solve(&self, shrinkage: f64) -> Result<Classifier> {
         let (classes, width) = self.sums.shape();
         let n: f64 = self.counts.iter().sum::<f64>().max(1.0);
-        let means = DMatrix::from_fn(classes, width, |c, j| self.sums[(c, j)] / self.counts[c].max(1.0));
+        let means = Mat::from_fn(classes, width, |c, j| self.sums[(c, j)] / self.counts[c].max(1.0));
         let mut within = &self.products - self.sums.transpose() * &means;
-        within *= (1.0 - shrinkage) / n;
+        within *= faer::Scale((1.0 - shrinkage) / n);
         for i in 0..width {
             within[(i, i)] += shrinkage;
         }
         let factor = within
-            .cholesky()
-            .ok_or_else(|| Error::Settings("the features' covariance cannot be inverted".into()))?;
-        let weight = factor.solve(&means.transpose()).transpose();
+            .llt(Side::Lower)
+            .map_err(|_| Error::Settings("the features' covariance cannot be inverted".into()))?;
+        let weight = factor.solve(means.transpose()).transpose().to_owned();
         let bias = (0..classes)
-            .map(|c| ((self.counts[c] + 0.5) / n).ln() - 0.5 * weight.row(c).dot(&means.row(c)))
+            .map(|c| ((self.counts[c] + 0.5) / n).ln() - 0.5 * (weight.row(c) * means.row(c).transpose()))
             .collect();
-        Ok((weight, bias))
+        Ok(Classifier { weight, bias })
+    }
+}
+
+/// Weights `[classes, width]` and biases for standardised features.
+struct Classifier {
+    weight: Mat<f64>,
+    bias: Vec<f64>,
+}
+
+impl Classifier {
+    fn cooled(self, temperature: f64) -> Classifier {
+        Classifier {
+            weight: self.weight * faer::Scale(1.0 / temperature),
+            bias: self.bias.iter().map(|b| b / temperature).collect(),
+        }
     }
 
-    /// What is likeliest on the examples that are held out.
-    fn choose(&self, examples: &Examples, scale: &Scale, held: &[bool]) -> Result<Choice> {
-        let width = examples.width;
-        let which: Vec<usize> = (0..held.len()).filter(|&i| held[i]).collect();
-        let rows = which
-            .iter()
-            .flat_map(|i| scale.apply(&examples.features[i * width..][..width]));
-        let x = DMatrix::from_iterator(width, which.len(), rows.map(f64::from));
-        // With too few to tell, strongly shrunk.
-        let mut best = (
-            f64::INFINITY,
-            Choice {
-                shrinkage: 0.5,
-                temperature: 1.0,
-            },
-        );
-        for shrinkage in SHRINKAGES {
-            let (weight, bias) = self.solve(shrinkage)?;
-            let logits = &weight * &x;
-            for temperature in TEMPERATURES {
-                let loss = |(column, &i): (nalgebra::DVectorView<f64>, &usize)| {
-                    let logit = |c: usize| (column[c] + bias[c]) / temperature;
-                    let most = (0..bias.len()).map(logit).fold(f64::NEG_INFINITY, f64::max);
-                    let sum: f64 = (0..bias.len()).map(|c| (logit(c) - most).exp()).sum();
-                    most + sum.ln() - logit(examples.labels[i] as usize)
+    /// Logits `[classes, examples]`.
+    fn logits(&self, examples: &Standardised) -> Mat<f32> {
+        let weight = Mat::from_fn(self.weight.nrows(), self.weight.ncols(), |c, j| {
+            self.weight[(c, j)] as f32
+        });
+        let mut logits = weight * examples.rows().transpose();
+        for column in logits.col_iter_mut() {
+            column
+                .iter_mut()
+                .zip(&self.bias)
+                .for_each(|(v, b)| *v += *b as f32);
+        }
+        logits
+    }
+
+    /// Descends on the cross-entropy of `examples`.
+    fn descend(&self, examples: &Standardised, dropout: f64, means: Means) -> Result<Classifier> {
+        let (width, classes) = (examples.width, examples.classes);
+        let shapes = [
+            ("bias".to_owned(), vec![classes]),
+            ("weight".to_owned(), vec![classes, width]),
+        ];
+        let vars = Variables::new(&shapes, |name, _| match name {
+            "bias" => self.bias.iter().map(|v| *v as f32).collect(),
+            _ => {
+                let rows = (0..classes).flat_map(|c| (0..width).map(move |j| (c, j)));
+                rows.map(|at| self.weight[at] as f32).collect()
+            }
+        })?;
+        let (bias, weight) = (vars.vars()[0].clone(), vars.vars()[1].clone());
+        let peak = (RATE * self.weight.norm_l2() / ((width * classes) as f64).sqrt()) as f32;
+        let mut optimizer = Optimizer::new(Rule::ADAMW, 0.0, f32::INFINITY, &vars);
+        let mut rng = StdRng::seed_from_u64(means.seed);
+        let mut order: Vec<usize> = (0..examples.labels.len()).collect();
+        let steps = order.len().div_ceil(BATCH) * EPOCHS;
+        let kept = (1.0 / (1.0 - dropout)) as f32;
+        let mut step = 0;
+        for _ in 0..EPOCHS {
+            if means.interrupted.load(Relaxed) {
+                return Err(Error::Interrupted);
+            }
+            order.shuffle(&mut rng);
+            for batch in order.chunks(BATCH) {
+                let rows = batch
+                    .iter()
+                    .flat_map(|i| &examples.features[i * width..][..width]);
+                let x: Vec<f32> = match dropout > 0.0 {
+                    true => rows
+                        .map(|v| if rng.random_bool(dropout) { 0.0 } else { kept * v })
+                        .collect(),
+                    false => rows.copied().collect(),
                 };
-                let loss: f64 = logits.column_iter().zip(&which).map(loss).sum();
-                if !which.is_empty() && loss < best.0 {
-                    best = (
-                        loss,
-                        Choice {
-                            shrinkage,
-                            temperature,
-                        },
-                    );
+                let x = Tensor::from_vec(x, (batch.len(), width), &Device::Cpu)?;
+                let logits = x.matmul(&weight.t()?)?.broadcast_add(&bias)?;
+                // The cross-entropy's gradient: probabilities less the truth.
+                let mut error = logits
+                    .broadcast_sub(&logits.log_sum_exp(1)?.unsqueeze(1)?)?
+                    .exp()?
+                    .flatten_all()?
+                    .to_vec1::<f32>()?;
+                for (row, &i) in error.chunks_exact_mut(classes).zip(batch) {
+                    row[examples.labels[i] as usize] -= 1.0;
+                    row.iter_mut().for_each(|v| *v /= batch.len() as f32);
                 }
+                let error = Tensor::from_vec(error, (batch.len(), classes), &Device::Cpu)?;
+                let gradients = [
+                    error.sum(0)?.to_vec1()?,
+                    error.t()?.matmul(&x)?.flatten_all()?.to_vec1()?,
+                ];
+                optimizer.step(&vars, &gradients, cosine(peak, step, steps, steps / 50))?;
+                step += 1;
             }
         }
-        Ok(best.1)
+        let values: Vec<f32> = weight.flatten_all()?.to_vec1()?;
+        let bias: Vec<f32> = bias.to_vec1()?;
+        if let Some(value) = values.iter().chain(&bias).find(|v| !v.is_finite()) {
+            return Err(Error::Diverged(*value));
+        }
+        Ok(Classifier {
+            weight: Mat::from_fn(classes, width, |c, j| f64::from(values[c * width + j])),
+            bias: bias.into_iter().map(f64::from).collect(),
+        })
     }
+}
+
+/// Sum of the cross-entropies of logits `[classes, examples]` at a temperature.
+fn cross_entropies(logits: &Mat<f32>, labels: &[u32], temperature: f64) -> f64 {
+    let by = 1.0 / temperature;
+    let loss = |(i, &label): (usize, &u32)| {
+        let scaled = |v: &f32| f64::from(*v) * by;
+        let most = logits.col(i).iter().map(scaled).fold(f64::NEG_INFINITY, f64::max);
+        let sum: f64 = logits.col(i).iter().map(|v| (scaled(v) - most).exp()).sum();
+        most + sum.ln() - scaled(&logits[(label as usize, i)])
+    };
+    labels.iter().enumerate().map(loss).sum()
+}
+
+/// With what, fitted to some examples, those that are held out are likeliest.
+fn choose(fitted: &Standardised, held: &Standardised, moments: &Moments, means: Means) -> Result<Choice> {
+    // With too few to tell, strongly shrunk.
+    let few = Choice {
+        shrinkage: 0.5,
+        temperature: 1.0,
+        dropout: None,
+    };
+    if held.labels.is_empty() {
+        return Ok(few);
+    }
+    let analyses = means.workers.map(&SHRINKAGES, |&shrinkage| {
+        if means.interrupted.load(Relaxed) {
+            return Err(Error::Interrupted);
+        }
+        let logits = moments.solve(shrinkage)?.logits(held);
+        let at = |&temperature: &f64| {
+            let loss = cross_entropies(&logits, held.labels, temperature);
+            let choice = Choice {
+                shrinkage,
+                temperature,
+                dropout: None,
+            };
+            (loss, choice)
+        };
+        Ok(TEMPERATURES.iter().map(at).collect::<Vec<_>>())
+    });
+    let likelier = |a: &(f64, Choice), b: &(f64, Choice)| a.0.total_cmp(&b.0);
+    let analyses = analyses.into_iter().collect::<Result<Vec<_>>>()?.concat();
+    let (loss, choice) = analyses
+        .into_iter()
+        .min_by(likelier)
+        .unwrap_or((f64::INFINITY, few));
+    let start = moments.solve(choice.shrinkage)?.cooled(choice.temperature);
+    let descents = means.workers.map(&DROPOUTS, |&dropout| {
+        let logits = start.descend(fitted, dropout, means)?.logits(held);
+        let dropout = Some(dropout);
+        Ok((
+            cross_entropies(&logits, held.labels, 1.0),
+            Choice { dropout, ..choice },
+        ))
+    });
+    let descents = descents.into_iter().collect::<Result<Vec<_>>>()?;
+    let best = descents.into_iter().fold((loss, choice), |best, other| {
+        std::cmp::min_by(best, other, likelier)
+    });
+    Ok(best.1)
 }
 
 #[cfg(test)]
@@ -327,7 +457,12 @@ mod tests {
     }
 
     fn fit_with(examples: &Examples, choice: Option<Choice>) -> Result<(Discriminant, Choice)> {
-        Discriminant::fit(examples, choice, 1, &Workers::new(1).unwrap())
+        let means = Means {
+            workers: &Workers::new(2).unwrap(),
+            seed: 1,
+            interrupted: &AtomicBool::new(false),
+        };
+        Discriminant::fit(examples, choice, means)
     }
 
     fn accuracy(fit: &Discriminant, features: &[f32], labels: &[u32]) -> f64 {
@@ -378,7 +513,13 @@ mod tests {
         };
         let (fit, _) = fit_with(&given, None).unwrap();
         assert_eq!(fit.weight.shape(), (4, 20));
-        assert!(fit.weight.iter().chain(&fit.bias).all(|w| w.is_finite()));
+        assert!(
+            fit.weight
+                .col_iter()
+                .flat_map(|c| c.iter())
+                .chain(&fit.bias)
+                .all(|w| w.is_finite())
+        );
         assert!(accuracy(&fit, &features, &labels) > 0.9);
         let mut broken = features.clone();
         broken[7] = f32::NAN;

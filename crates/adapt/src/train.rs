@@ -556,16 +556,7 @@ impl<'a> Run<'a> {
         if !task.settings.warm || task.train.states.layers().is_none() {
             return Ok(());
         }
-        if let Method::Owc(config) = task.method {
-            for index in 0..config.scope {
-                if interrupted.load(Relaxed) {
-                    return Err(Error::Interrupted);
-                }
-                let found = self.ground().adapter(config, index)?;
-                self.model.set(found)?;
-            }
-        }
-        let found = self.ground().head(task.method)?;
+        let found = self.ground(interrupted).start(task.method)?;
         self.model.set(found)?;
         self.done.start = self.validate()?.map(|v| Start {
             validation_loss: v.loss,
@@ -574,7 +565,10 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    fn ground(&self) -> warm::Ground<'_, impl Fn(&str, &[usize]) -> veiltune_engine::Result<Tensor> + Sync> {
+    fn ground<'b>(
+        &'b self,
+        interrupted: &'b AtomicBool,
+    ) -> warm::Ground<'b, impl Fn(&str, &[usize]) -> veiltune_engine::Result<Tensor> + Sync> {
         let model = &self.model;
         let initial = |name: &str, dims: &[usize]| match (model.vars.get(name), model.constants.get(name)) {
             (Some(var), _) if var.dims() == dims => Ok(var.as_tensor().clone()),
@@ -587,6 +581,7 @@ impl<'a> Run<'a> {
             reads: &self.reads,
             workers: self.workers,
             seed: seed_of(self.task.settings.seed, [0, u64::MAX]),
+            interrupted,
         }
     }
 
@@ -987,6 +982,54 @@ mod tests {
                 run(&world.task(&method, &states, &settings)).report.curve[0].train_loss
             });
             assert!(warm < 0.75 * cold, "{}: {cold} {warm}", method.peft_type());
+        }
+    }
+
+    /// Of linear adapters, one after the other, with what a norm does between them.
+    #[test]
+    fn a_start_computes_what_its_analysis_says() {
+        let world = World::new();
+        for (norm, scope, allowed) in [
+            (NormChoice::Batch, 1, 0.02),
+            (NormChoice::Batch, 2, 0.02),
+            (NormChoice::Layer, 1, 0.3),
+            (NormChoice::Layer, 2, 0.3),
+        ] {
+            let method = world.owc(scope, norm);
+            let Method::Owc(config) = &method else {
+                panic!("an adapter");
+            };
+            let (states, settings) = (world.states(&method), settings());
+            let task = world.task(&method, &states, &settings);
+            let (workers, interrupted) = (Workers::new(2).unwrap(), AtomicBool::new(false));
+            let mut run = Run::start(&task, &workers, &interrupted).unwrap();
+            let (analysis, values) = {
+                let ground = run.ground(&interrupted);
+                let analysis = ground.analyse(config).unwrap();
+                let values = ground.adapters(config, &analysis).unwrap();
+                (analysis, values)
+            };
+            run.model.set(values).unwrap();
+            let inputs = states.batch(0, task.train.which, &run.reads).unwrap();
+            let logits = run
+                .model
+                .load(None)
+                .unwrap()
+                .forward(&Plain::new(), &inputs)
+                .unwrap();
+            let wanted = analysis.logits.col_iter().flat_map(|column| column.iter());
+            let wanted: Vec<f64> = wanted.map(|v| f64::from(*v)).collect();
+            let got: Vec<f32> = logits.flatten_all().unwrap().to_vec1().unwrap();
+            // What decides between the two classes.
+            let margins = |v: &[f64]| v.chunks(2).map(|v| v[0] - v[1]).collect::<Vec<_>>();
+            let got: Vec<f64> = got.into_iter().map(f64::from).collect();
+            let (got, wanted) = (margins(&got), margins(&wanted));
+            let rms =
+                |v: &mut dyn Iterator<Item = f64>| (v.map(|x| x * x).sum::<f64>() / got.len() as f64).sqrt();
+            let error = rms(&mut got.iter().zip(&wanted).map(|(a, b)| a - b));
+            let size = rms(&mut wanted.iter().copied());
+            println!("{norm:?} {scope}: {error} of {size}");
+            assert!(error < allowed * size, "{norm:?} {scope}: {error} of {size}");
         }
     }
 

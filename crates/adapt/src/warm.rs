@@ -1,22 +1,24 @@
 //! Where training starts: at a discriminant analysis of what the model reads.
 //!
-//! The head's features are at first those of the backbone, so a head is fitted to them in closed form ([`crate::discriminant`]).
-//! An adapter whose attention starts as a plain mean of the tokens adds a linear function of the class token's row and of
-//! that mean: the one that a discriminant analysis of both finds, as far as the adapter's rank holds it. One adapter after the other,
-//! the first first, each with those before it in place; the head last. Training then improves on a linear classifier of all
-//! that the adapters see, instead of spending its epochs, and its few pictures, on getting there.
+//! The head's features are at first those of the backbone, so a head is fitted to them ([`crate::discriminant`]). Adapters whose
+//! attention starts as a plain mean of the tokens are linear then, and so is all that the model makes of the class tokens' rows
+//! and of the tokens' means in the hidden states that it reads: one analysis of all of these says what each adapter should add, as
+//! far as its rank holds it. Training then improves on a linear classifier of all that the adapters see, instead of spending
+//! its epochs, and its few pictures, on getting there.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use candle_core::{D, DType, Device, Tensor};
-use nalgebra::{DMatrix, SymmetricEigen};
+use faer::linalg::solvers::{Llt, Solve};
+use faer::{Mat, MatRef, Side};
 use veiltune_engine::{Params, Plain};
 use veiltune_nn::attention::AttentionSpec;
 use veiltune_nn::layers::BATCH_NORM_EPS;
-use veiltune_nn::owc::{Branch, NormChoice, Owc, OwcConfig};
+use veiltune_nn::owc::{Branch, NormChoice, OwcConfig};
 use veiltune_nn::{Method, Private, Read};
 
-use crate::discriminant::{Discriminant, Examples};
+use crate::discriminant::{Choice, Discriminant, Examples, Means};
 use crate::train::Pictures;
 use crate::workers::Workers;
 use crate::{Error, Result};
@@ -25,12 +27,32 @@ use crate::{Error, Result};
 const PASS: usize = 100;
 /// Penalty of the equations for an adapter's weights, as a share of their mean eigenvalue.
 const RIDGE: f64 = 1e-3;
+/// What a LayerNorm adds to a variance.
+const LAYER_NORM_EPS: f64 = 1e-6;
 
-/// The parameters of every method's last layer.
-pub const HEAD: [&str; 2] = ["head.weight", "head.bias"];
+/// What is added to a LayerNorm's inputs, or subtracted from them, whose deviations are one.
+const OFFSET: f64 = 2.0;
 
 /// Parameters by name.
 pub type Values = BTreeMap<String, Tensor>;
+
+/// What linear adapters read, and a linear classifier of that.
+pub(crate) struct Analysis {
+    downs: Vec<Down>,
+    /// What the norm before each attention multiplies by, on average.
+    gains: Vec<f64>,
+    /// Deviations of the entries of the class token's row in the sum of all states.
+    spread: Vec<f64>,
+    /// Of each adapter's projection down, what of the class token's row does not vary.
+    is_constant: Vec<Vec<bool>>,
+    /// What the head's norm divides by, on average; 1 for a batch norm.
+    divisor: f64,
+    /// A classifier of, divided by that, the class token's row, and for each adapter of its row behind the projection down and of the
+    /// mean of all tokens behind the norm; all less their means.
+    fit: Discriminant,
+    /// What it says of the pictures, `[classes, pictures]`.
+    pub logits: Mat<f32>,
+}
 
 /// Where the untrained model and the pictures are.
 pub struct Ground<'a, F> {
@@ -40,306 +62,631 @@ pub struct Ground<'a, F> {
     pub reads: &'a [Read],
     pub workers: &'a Workers,
     pub seed: u64,
+    pub interrupted: &'a AtomicBool,
 }
 
 impl<F: Fn(&str, &[usize]) -> veiltune_engine::Result<Tensor> + Sync> Ground<'_, F> {
+    /// The parameters that training starts with, as far as they are not the initial ones.
+    ///
+    /// # Errors
+    /// [`Error::Interrupted`] soon after it is asked for.
+    pub fn start(&self, method: &Method) -> Result<Values> {
+        match method {
+            Method::Owc(c) if is_linear(c) => self.adapters(c, &self.analyse(c)?),
+            _ => self.head(method),
+        }
+    }
+
     /// Of each pass over some of the pictures.
-    fn each<R: Send>(&self, pass: impl Fn(&Plain, &[Tensor]) -> Result<R> + Sync) -> Result<Vec<R>> {
+    fn each<R: Send>(&self, pass: impl Fn(&[Tensor]) -> Result<R> + Sync) -> Result<Vec<R>> {
         let passes: Vec<&[usize]> = self.pictures.which.chunks(PASS).collect();
-        let one = |which: &&[usize]| pass(&Plain::new(), &self.pictures.states.batch(0, which, self.reads)?);
+        let one = |which: &&[usize]| match self.interrupted.load(Relaxed) {
+            true => Err(Error::Interrupted),
+            false => pass(&self.pictures.states.batch(0, which, self.reads)?),
+        };
         self.workers.map(&passes, one).into_iter().collect()
     }
 
-    fn labels(&self) -> Vec<u32> {
+    fn fit(
+        &self,
+        features: &[f32],
+        width: usize,
+        classes: usize,
+        choice: Option<Choice>,
+    ) -> Result<(Discriminant, Choice)> {
         let all = self.pictures.states.labels();
-        self.pictures.which.iter().map(|&i| all[i]).collect()
+        let labels: Vec<u32> = self.pictures.which.iter().map(|&i| all[i]).collect();
+        let examples = Examples {
+            features,
+            width,
+            labels: &labels,
+            classes,
+        };
+        let means = Means {
+            workers: self.workers,
+            seed: self.seed,
+            interrupted: self.interrupted,
+        };
+        Discriminant::fit(&examples, choice, means)
     }
 
-    /// What the head of `method` is given, row after row, and its width.
-    fn features(&self, method: &Method) -> Result<(Vec<f32>, usize)> {
+    /// What the head of `method` with these `values` is given, row after row; if that is from a batch norm, as the averages make
+    /// it that it then has, which join the values.
+    fn features(&self, method: &Method, values: &mut Values) -> Result<Vec<f32>> {
         // A head that hands on what it is given.
         let width = method.hidden_size();
         let bare = method.with_labels((0..width).map(|i| i.to_string()).collect());
         let load = |name: &str, dims: &[usize]| -> veiltune_engine::Result<Tensor> {
-            match name {
-                "head.weight" => Ok(Tensor::eye(width, DType::F32, &Device::Cpu)?),
-                "head.bias" => Ok(Tensor::zeros(width, DType::F32, &Device::Cpu)?),
+            match (name, values.get(name)) {
+                ("head.weight", _) => Ok(Tensor::eye(width, DType::F32, &Device::Cpu)?),
+                ("head.bias", _) => Ok(Tensor::zeros(width, DType::F32, &Device::Cpu)?),
+                (_, Some(value)) => Ok(value.clone()),
                 _ => Ok((self.initial)(name, dims)?.detach()),
             }
         };
-        let rows = self.each(|b, inputs| {
+        let rows = self.each(|inputs| {
             let params = Params::new(load);
             let model: Private<Plain> = bare.load(&params, &params)?;
-            Ok(values(&model.forward(b, inputs)?)?)
+            numbers(&model.forward(&Plain::new(), inputs)?)
         })?;
-        Ok((rows.concat(), width))
-    }
-
-    /// The head of `method`, and its norm's averages if it is a batch norm.
-    pub fn head(&self, method: &Method) -> Result<Values> {
-        let (mut features, width) = self.features(method)?;
-        let labels = self.labels();
-        let mut found = Values::new();
+        let mut features = rows.concat();
         if let Method::Owc(OwcConfig {
             norm: NormChoice::Batch,
             ..
         }) = method
         {
             // Its averages were 0 and 1 so far.
-            let n = labels.len() as f64;
             let unit = (1.0 + BATCH_NORM_EPS).sqrt();
-            let column = |j: usize| {
-                features
-                    .iter()
-                    .skip(j)
-                    .step_by(width)
-                    .map(|v| unit * f64::from(*v))
-            };
-            let mean: Vec<f64> = (0..width).map(|j| column(j).sum::<f64>() / n).collect();
-            let variance: Vec<f64> = (0..width)
-                .map(|j| column(j).map(|v| (v - mean[j]).powi(2)).sum::<f64>() / n)
-                .collect();
+            let (mean, variance) = moments(&features, width);
+            let mean: Vec<f64> = mean.iter().map(|v| unit * v).collect();
+            let variance: Vec<f64> = variance.iter().map(|v| unit * unit * v).collect();
             for row in features.chunks_exact_mut(width) {
                 for (j, v) in row.iter_mut().enumerate() {
                     let centred = unit * f64::from(*v) - mean[j];
                     *v = (centred / (variance[j] + BATCH_NORM_EPS).sqrt()) as f32;
                 }
             }
-            found.insert("norm.running_mean".into(), vector(mean)?);
-            found.insert("norm.running_var".into(), vector(variance)?);
+            values.insert("norm.running_mean".into(), vector(mean)?);
+            values.insert("norm.running_var".into(), vector(variance)?);
         }
-        let examples = Examples {
-            features: &features,
-            width,
-            labels: &labels,
-            classes: method.labels().len(),
-        };
-        let (fit, _) = Discriminant::fit(&examples, None, self.seed, self.workers)?;
-        found.insert(HEAD[0].into(), matrix(&fit.weight)?);
-        found.insert(HEAD[1].into(), vector(fit.bias)?);
-        Ok(found)
+        Ok(features)
     }
 
-    /// Adapter `index`, given those before it; nothing for one whose attention is no mean of the tokens.
-    pub fn adapter(&self, c: &OwcConfig, index: usize) -> Result<Values> {
-        let (d, r) = (c.hidden_size, c.rank);
-        let is_mean = c.branch == Branch::Transformer && c.attention_of(index) == AttentionSpec::LinAtten;
-        if !is_mean || r > d {
-            return Ok(Values::new());
-        }
-        let (labels, classes) = (self.labels(), c.labels.len());
-        let fit = |features: &[f32], width, choice| {
-            let examples = Examples {
-                features,
-                width,
-                labels: &labels,
-                classes,
-            };
-            Discriminant::fit(&examples, choice, self.seed, self.workers)
-        };
-        // What the head's norm does to a picture's entry, as far as it is known: LayerNorm divides.
-        let divisor = |class: &Tensor| -> candle_core::Result<Tensor> {
-            match c.norm {
-                NormChoice::Layer => class.var_keepdim(D::Minus1)?.affine(1.0, 1e-6)?.sqrt(),
-                NormChoice::Batch => Tensor::ones((class.dim(0)?, 1), DType::F32, &Device::Cpu),
-            }
-        };
-        let at = format!("adapters.{index}");
+    /// A head fitted to what it is given, with its norm's averages.
+    fn head(&self, method: &Method) -> Result<Values> {
+        let mut values = Values::new();
+        let features = self.features(method, &mut values)?;
+        let (fit, _) = self.fit(&features, method.hidden_size(), method.labels().len(), None)?;
+        values.insert("head.weight".into(), matrix(&fit.weight)?);
+        values.insert("head.bias".into(), vector(fit.bias)?);
+        Ok(values)
+    }
 
-        // Which directions of the input matter to a classifier of the head's features, the class token's row and the mean?
-        let parts = self.each(|b, inputs| {
-            let params = Params::new(|name: &str, dims: &[usize]| Ok((self.initial)(name, dims)?.detach()));
-            let parts = Owc::<Plain>::load(&params, c)?.parts(b, inputs, index)?;
-            let (class, row) = (parts.class.squeeze(1)?, parts.input.narrow(1, 0, 1)?.squeeze(1)?);
-            let by = divisor(&class)?;
-            let all = Tensor::cat(&[&class, &row, &parts.input.mean(1)?], 1)?;
-            Ok((values(&all.broadcast_div(&by)?)?, values(&all)?))
-        })?;
-        let (features, raw): (Vec<_>, Vec<_>) = parts.into_iter().unzip();
-        let (fitted, choice) = fit(&features.concat(), 3 * d, None)?;
-        let down = directions(&fitted.weight, &raw.concat(), d, r)?;
+    /// What linear adapters should read and add.
+    pub(crate) fn analyse(&self, c: &OwcConfig) -> Result<Analysis> {
+        let (d, r, s, classes) = (c.hidden_size, c.rank, c.scope, c.labels.len());
+        let layer_norm = c.norm == NormChoice::Layer;
 
-        // And which function of them, as they come out of the norm?
-        let (down_weight, down_bias) = (matrix(&down.0)?, vector(down.1)?);
-        let load = |name: &str, dims: &[usize]| -> veiltune_engine::Result<Tensor> {
-            match name.strip_prefix(&at) {
-                Some(".down.weight") => Ok(down_weight.clone()),
-                Some(".down.bias") => Ok(down_bias.clone()),
-                _ => Ok((self.initial)(name, dims)?.detach()),
+        // What each part of the states says, to a linear classifier of all: of each picture the last class token's row, then
+        // the class token's row and the tokens' mean of each state that an adapter reads.
+        let width = (1 + 2 * s) * d;
+        let parts = self.each(|inputs| {
+            let mut parts = vec![class_row(&inputs[s])?];
+            for state in &inputs[..s] {
+                parts.push(class_row(state)?);
+                parts.push(state.mean(1)?);
             }
-        };
-        let parts = self.each(|b, inputs| {
-            let params = Params::new(load);
-            let parts = Owc::<Plain>::load(&params, c)?.parts(b, inputs, index)?;
-            let class = parts.class.squeeze(1)?;
-            let row = parts.down.narrow(1, 0, 1)?.squeeze(1)?;
-            let all = Tensor::cat(&[&class, &row, &parts.normal.mean(1)?], 1)?;
-            let all = all.broadcast_div(&divisor(&class)?)?;
-            let tokens = parts.down.flatten(0, 1)?;
-            let moments = [tokens.mean(0)?, tokens.sqr()?.mean(0)?];
-            let moments = [values(&moments[0])?, values(&moments[1])?];
-            Ok((values(&all)?, values(&class)?, moments, inputs[0].dim(0)? as f64))
+            numbers(&Tensor::cat(&parts, 1)?)
         })?;
-        let n = labels.len() as f64;
-        let average = |which: usize, j: usize| -> f64 {
-            parts
-                .iter()
-                .map(|(_, _, m, count)| count / n * f64::from(m[which][j]))
-                .sum()
-        };
-        let mean: Vec<f64> = (0..r).map(|j| average(0, j)).collect();
-        let variance: Vec<f64> = (0..r)
-            .map(|j| (average(1, j) - mean[j].powi(2)).max(0.0))
+        let states = parts.concat();
+        // What the head's norm will divide a picture's sum of rows by, as far as it is known.
+        let divisors: Vec<f32> = states
+            .chunks_exact(width)
+            .map(|row| match layer_norm {
+                true => deviation(&sum_of_rows(row, d)),
+                false => 1.0,
+            })
             .collect();
-        let features: Vec<f32> = parts.iter().flat_map(|(all, ..)| all).copied().collect();
-        let classes_rows: Vec<f32> = parts.iter().flat_map(|(_, class, ..)| class).copied().collect();
-        let (fitted, _) = fit(&features, d + 2 * r, Some(choice))?;
-        let of_class = fitted.weight.columns(0, d).into_owned();
-        let of_row = fitted.weight.columns(d, r).into_owned();
-        let mut of_mean = fitted.weight.columns(d + r, r).into_owned();
-        if c.norm == NormChoice::Batch {
-            // The norm used averages of 0 and 1, and will use those of the tokens.
-            for (j, mut column) in of_mean.column_iter_mut().enumerate() {
-                column *= ((variance[j] + BATCH_NORM_EPS) / (1.0 + BATCH_NORM_EPS)).sqrt();
-            }
-        }
-        // head (scale up) = of_row, and up project = of_mean, with the head that goes with them.
-        let deviation = deviations(&classes_rows, d);
-        let scaled = DMatrix::from_fn(classes, d, |i, j| of_class[(i, j)] * deviation[j]);
-        let mut up = scaled.transpose() * ridge(&scaled * scaled.transpose())?.solve(&of_row);
-        for (j, mut row) in up.row_iter_mut().enumerate() {
-            row *= deviation[j] / c.scale;
-        }
-        let project = ridge(of_row.transpose() * &of_row)?.solve(&(of_row.transpose() * &of_mean));
+        let (fit, choice) = self.fit(&divided(&states, &divisors), width, classes, None)?;
 
-        let block = format!("{at}.block");
-        let qkv = (self.initial)(&format!("{block}.attn.qkv.weight"), &[3 * r, r])?.detach();
-        let values = Tensor::eye(r, DType::F32, &Device::Cpu)?;
-        let mut found = Values::from([
-            (format!("{at}.down.weight"), down_weight),
-            (format!("{at}.down.bias"), down_bias),
-            (format!("{at}.up.weight"), matrix(&up)?),
-            (
-                format!("{block}.attn.qkv.weight"),
-                Tensor::cat(&[qkv.narrow(0, 0, 2 * r)?, values], 0)?,
-            ),
-            (
-                format!("{block}.attn.mix.weight"),
-                Tensor::zeros((c.tokens, c.tokens), DType::F32, &Device::Cpu)?,
-            ),
-            (format!("{block}.attn.proj.weight"), matrix(&project)?),
-            (
-                format!("{block}.fc2.weight"),
-                Tensor::zeros((r, r), DType::F32, &Device::Cpu)?,
-            ),
-        ]);
-        if c.norm == NormChoice::Batch {
-            found.insert(format!("{block}.norm1.running_mean"), vector(mean)?);
-            found.insert(format!("{block}.norm1.running_var"), vector(variance)?);
+        // Adapter i reads the sum of the states up to its own, and its result is part of all sums after it: so it is to say what
+        // its state says and the next one's does not. Which directions of its input matter for that?
+        let part = |i: usize| fit.weight.as_ref().subcols(i * d, d);
+        let none = Mat::zeros(classes, d);
+        let mut downs = Vec::new();
+        let mut sums = vec![0.0; states.len() / width * 2 * d];
+        for i in 0..s {
+            for (sum, row) in sums.chunks_exact_mut(2 * d).zip(states.chunks_exact(width)) {
+                let own = &row[(1 + 2 * i) * d..][..2 * d];
+                sum.iter_mut().zip(own).for_each(|(s, v)| *s += v);
+            }
+            let (next_row, next_mean) = match i + 1 < s {
+                true => (part(3 + 2 * i), part(4 + 2 * i)),
+                false => (part(0), none.as_ref()),
+            };
+            let of_row = part(1 + 2 * i) - next_row;
+            let of_mean = part(2 + 2 * i) - next_mean;
+            let (map, mut bias) = directions(&of_row, &of_mean, &sums, r)?;
+            if layer_norm {
+                // A LayerNorm's divisor then changes little from token to token, and is nowhere near zero.
+                for (j, v) in bias.iter_mut().enumerate() {
+                    *v += if j % 2 == 0 { OFFSET } else { -OFFSET };
+                }
+            }
+            downs.push((map, bias));
         }
-        Ok(found)
+        drop((sums, states));
+
+        // And which function of them, as they come out of the norm before the attention?
+        let tensors = downs.iter().map(|(w, b)| Ok((matrix(w)?, vector(b.clone())?)));
+        let downs: Vec<Down> = tensors.collect::<Result<_>>()?;
+        let parts = self.each(|inputs| {
+            let mut u = inputs[0].clone();
+            let (mut parts, mut gains) = (Vec::new(), Vec::new());
+            for i in 0..s {
+                let z = down(&downs[i], &u)?;
+                let (normal, gain) = match layer_norm {
+                    true => layer_normal(&z)?,
+                    false => (z.clone(), 1.0),
+                };
+                parts.push(class_row(&z)?);
+                parts.push(normal.mean(1)?);
+                gains.push(gain * inputs[0].dim(0)? as f64);
+                u = match i + 1 < s {
+                    true => (u + &inputs[i + 1])?,
+                    false => (class_row(&u)? + class_row(&inputs[s])?)?,
+                };
+            }
+            if layer_norm {
+                u = u.broadcast_sub(&u.mean_keepdim(D::Minus1)?)?;
+            }
+            parts.insert(0, u);
+            Ok((numbers(&Tensor::cat(&parts, 1)?)?, gains))
+        })?;
+        let n = self.pictures.which.len() as f64;
+        let gain = |i: usize| parts.iter().map(|(_, gains)| gains[i]).sum::<f64>() / n;
+        let gains: Vec<f64> = (0..s).map(gain).collect();
+        let width = d + 2 * r * s;
+        let features: Vec<f32> = parts.into_iter().flat_map(|(rows, _)| rows).collect();
+        let (_, variance) = moments(&features, width);
+        let features = divided(&features, &divisors);
+        let (fit, _) = self.fit(&features, width, classes, Some(choice))?;
+        let weight = Mat::from_fn(classes, width, |c, j| fit.weight[(c, j)] as f32);
+        let rows = MatRef::from_row_major_slice(&features, divisors.len(), width);
+        let mut logits = weight * rows.transpose();
+        for column in logits.col_iter_mut() {
+            column
+                .iter_mut()
+                .zip(&fit.bias)
+                .for_each(|(v, b)| *v += *b as f32);
+        }
+        let is_constant = |i: usize| {
+            let (row, mean) = variance[d + 2 * i * r..].split_at(r);
+            row.iter()
+                .zip(mean)
+                .map(|(row, mean)| *row < 1e-6 * mean)
+                .collect()
+        };
+        Ok(Analysis {
+            downs,
+            gains,
+            spread: variance[..d].iter().map(|v| v.sqrt().max(1e-6)).collect(),
+            is_constant: (0..s).map(is_constant).collect(),
+            divisor: divisors.iter().map(|v| f64::from(*v)).sum::<f64>() / n,
+            fit,
+            logits,
+        })
+    }
+
+    /// Adapters, norm and head.
+    pub(crate) fn adapters(&self, c: &OwcConfig, analysis: &Analysis) -> Result<Values> {
+        let (d, r, s, classes) = (c.hidden_size, c.rank, c.scope, c.labels.len());
+        let layer_norm = c.norm == NormChoice::Layer;
+        let Analysis {
+            downs,
+            gains,
+            spread,
+            fit,
+            ..
+        } = analysis;
+        // Each adapter's result also passes through those after it, so the last one is solved first. Of what an adapter hands on the
+        // logits are `on_row` times the class token's row and `on_mean` times the tokens' mean.
+        let of_class = fit.weight.as_ref().subcols(0, d).to_owned();
+        let mut on_row = match layer_norm {
+            true => centred(&of_class),
+            false => of_class.clone(),
+        };
+        let mut on_mean = Mat::<f64>::zeros(classes, d);
+        // Of each adapter: up, with the scale, and the attention's projection.
+        let mut solved = Vec::new();
+        for i in (0..s).rev() {
+            let (row, mean) = (d + 2 * i * r, d + (2 * i + 1) * r);
+            let of_mean = fit.weight.as_ref().subcols(mean, r);
+            // The class token is the same in all pictures before the first block. What its row is mapped to is free then, and what
+            // the mean is to be mapped to has to be within reach.
+            let of_row = Mat::from_fn(classes, r, |c, j| match analysis.is_constant[i][j] {
+                true => of_mean[(c, j)],
+                false => fit.weight[(c, row + j)],
+            });
+            // on_row up = of_row
+            let up = preimage(&on_row, spread, &of_row)?;
+            // (on_row + on_mean) up project norm = of_mean norm - on_mean up, where norm is linear, or nearly.
+            let norm = match layer_norm {
+                true => centred(&Mat::<f64>::identity(r, r)) * faer::Scale(gains[i]),
+                false => Mat::identity(r, r),
+            };
+            let both = (&on_row + &on_mean) * &up;
+            let wanted = of_mean * &norm - &on_mean * &up;
+            let project = ridge(both.transpose() * &both)?.solve(both.transpose() * wanted);
+            let project = if layer_norm { centred(&project) } else { project };
+            let weight = double(&downs[i].0)?;
+            let through_row = &on_row * &up * &weight;
+            let through_mean = (&both * &project + &on_mean * &up) * &weight;
+            on_row += through_row;
+            on_mean += through_mean;
+            solved.insert(0, (up, project * faer::Scale(1.0 / gains[i])));
+        }
+
+        let mut values = Values::new();
+        for (i, (up, project)) in solved.iter().enumerate() {
+            let at = format!("adapters.{i}");
+            let block = format!("{at}.block");
+            let qkv = (self.initial)(&format!("{block}.attn.qkv.weight"), &[3 * r, r])?.detach();
+            let identity = Tensor::eye(r, DType::F32, &Device::Cpu)?;
+            let zeros = |dims| Tensor::zeros(dims, DType::F32, &Device::Cpu);
+            values.extend([
+                (format!("{at}.down.weight"), downs[i].0.clone()),
+                (format!("{at}.down.bias"), downs[i].1.clone()),
+                (
+                    format!("{at}.up.weight"),
+                    matrix(&(up * faer::Scale(1.0 / c.scale)))?,
+                ),
+                (
+                    format!("{block}.attn.qkv.weight"),
+                    Tensor::cat(&[qkv.narrow(0, 0, 2 * r)?, identity], 0)?,
+                ),
+                (format!("{block}.attn.mix.weight"), zeros((c.tokens, c.tokens))?),
+                (format!("{block}.attn.proj.weight"), matrix(project)?),
+                (format!("{block}.fc2.weight"), zeros((r, r))?),
+            ]);
+        }
+
+        // What then comes out, and what the norms' averages are.
+        let (averages, mut rows) = self.forward(c, downs, &solved)?;
+        let mut weight = of_class.clone();
+        if layer_norm {
+            // A head's bias would not be divided by the norm as all else is.
+            let (mean, _) = moments(&rows, d);
+            let mean = Mat::from_fn(d, 1, |j, _| mean[j]);
+            let now = centred(&of_class) * mean;
+            let wanted = Mat::from_fn(classes, 1, |c, _| fit.mean[c] * analysis.divisor - now[(c, 0)]);
+            let offset = preimage(&centred(&of_class), spread, &wanted)?;
+            for row in rows.chunks_exact_mut(d) {
+                (0..d).for_each(|j| row[j] += offset[(j, 0)] as f32);
+                layer_normalise(row);
+            }
+            let bias = (0..d).map(|j| offset[(j, 0)] / c.scale).collect();
+            values.insert(format!("adapters.{}.up.bias", s - 1), vector(bias)?);
+        } else {
+            for (i, ((mean, variance), (_, project))) in averages.into_iter().zip(&solved).enumerate() {
+                // The projection was for a norm that does nothing.
+                let by: Vec<f64> = variance.iter().map(|v| (v + BATCH_NORM_EPS).sqrt()).collect();
+                let bias = (0..r).map(|k| (0..r).map(|j| project[(k, j)] * mean[j]).sum());
+                let bias = vector(bias.collect())?;
+                let project = Mat::from_fn(r, r, |k, j| project[(k, j)] * by[j]);
+                let block = format!("adapters.{i}.block");
+                values.insert(format!("{block}.attn.proj.weight"), matrix(&project)?);
+                values.insert(format!("{block}.attn.proj.bias"), bias);
+                values.insert(format!("{block}.norm1.running_mean"), vector(mean)?);
+                values.insert(format!("{block}.norm1.running_var"), vector(variance)?);
+            }
+            let (mean, variance) = moments(&rows, d);
+            for (j, (mean, variance)) in mean.iter().zip(&variance).enumerate() {
+                let by = (variance + BATCH_NORM_EPS).sqrt();
+                weight.col_mut(j).iter_mut().for_each(|w| *w *= by);
+                rows.iter_mut()
+                    .skip(j)
+                    .step_by(d)
+                    .for_each(|v| *v = ((f64::from(*v) - mean) / by) as f32);
+            }
+            values.insert("norm.running_mean".into(), vector(mean)?);
+            values.insert("norm.running_var".into(), vector(variance)?);
+        }
+
+        // The head on that: as sharp as the analysis, and right on average.
+        let rows = MatRef::from_row_major_slice(&rows, self.pictures.which.len(), d);
+        let logits = Mat::from_fn(classes, d, |c, j| weight[(c, j)] as f32) * rows.transpose();
+        let (factor, bias) = regression(&logits, &analysis.logits);
+        values.insert("head.weight".into(), matrix(&(weight * faer::Scale(factor)))?);
+        values.insert("head.bias".into(), vector(bias)?);
+        Ok(values)
+    }
+
+    /// Mean and variance, over all tokens, of what each projection down gives, and the class token's row before the head's norm,
+    /// picture after picture; for a batch norm with projections as if norms before attentions did nothing.
+    fn forward(
+        &self,
+        c: &OwcConfig,
+        downs: &[Down],
+        solved: &[(Mat<f64>, Mat<f64>)],
+    ) -> Result<(Vec<Moments>, Vec<f32>)> {
+        let (d, r) = (c.hidden_size, c.rank);
+        let tensors = solved
+            .iter()
+            .map(|(up, project)| Ok((matrix(up)?.t()?, matrix(project)?.t()?)));
+        let tensors: Vec<(Tensor, Tensor)> = tensors.collect::<Result<_>>()?;
+        let passes = self.each(|inputs| {
+            let mut u = inputs[0].clone();
+            let mut sums = Vec::new();
+            for (i, (up, project)) in tensors.iter().enumerate() {
+                let z = down(&downs[i], &u)?;
+                sums.push([numbers(&z.mean((0, 1))?)?, numbers(&z.sqr()?.mean((0, 1))?)?]);
+                let normal = match c.norm {
+                    NormChoice::Layer => layer_normal(&z)?.0,
+                    NormChoice::Batch => z.clone(),
+                };
+                let mixed = normal.mean(1)?.matmul(project)?.unsqueeze(1)?;
+                let (z, next) = match i + 1 < c.scope {
+                    true => (z, &inputs[i + 1]),
+                    false => {
+                        u = u.narrow(1, 0, 1)?;
+                        (z.narrow(1, 0, 1)?, &inputs[i + 1].narrow(1, 0, 1)?)
+                    }
+                };
+                let (batch, tokens, _) = z.dims3()?;
+                let x = z.broadcast_add(&mixed)?.reshape((batch * tokens, r))?;
+                u = ((u + x.matmul(up)?.reshape((batch, tokens, d))?)? + next)?;
+            }
+            Ok((inputs[0].dim(0)? as f64, sums, numbers(&u)?))
+        })?;
+        let n = self.pictures.which.len() as f64;
+        let average = |i: usize, which: usize, j: usize| -> f64 {
+            let of =
+                |(count, sums, _): &(f64, Vec<[Vec<f32>; 2]>, _)| count / n * f64::from(sums[i][which][j]);
+            passes.iter().map(of).sum()
+        };
+        let moments = |i: usize| {
+            let mean: Vec<f64> = (0..r).map(|j| average(i, 0, j)).collect();
+            let variance = (0..r).map(|j| (average(i, 1, j) - mean[j].powi(2)).max(0.0));
+            let variance = variance.collect();
+            (mean, variance)
+        };
+        let moments = (0..c.scope).map(moments).collect();
+        Ok((
+            moments,
+            passes.into_iter().flat_map(|(_, _, rows)| rows).collect(),
+        ))
     }
 }
 
-/// The `rank` directions of an adapter's input that `weight [classes, 3 d]` uses most, of the rows of which `raw` has `[class, row,
-/// mean]`: a map of it to coordinates of deviation one, `[rank, d]`, and what centres them.
-fn directions(weight: &DMatrix<f64>, raw: &[f32], d: usize, rank: usize) -> Result<(DMatrix<f64>, Vec<f64>)> {
-    let part = |i: usize| -> Vec<f32> {
-        raw.chunks_exact(3 * d)
-            .flat_map(|row| &row[i * d..][..d])
-            .copied()
-            .collect()
+/// Whether its attentions start as means of the tokens, and its inputs have room for the rank.
+fn is_linear(c: &OwcConfig) -> bool {
+    let is_mean = |i| c.attention_of(i) == AttentionSpec::LinAtten;
+    c.branch == Branch::Transformer && c.rank <= c.hidden_size && (0..c.scope).all(is_mean)
+}
+
+/// Mean and variance of each feature.
+type Moments = (Vec<f64>, Vec<f64>);
+
+/// Weight `[rank, d]` and bias `[rank]` of an adapter's projection down.
+type Down = (Tensor, Tensor);
+
+/// `[batch, tokens, rank]` of `u [batch, tokens, d]`.
+fn down((weight, bias): &Down, u: &Tensor) -> candle_core::Result<Tensor> {
+    let (batch, tokens, d) = u.dims3()?;
+    let flat = u.reshape((batch * tokens, d))?.matmul(&weight.t()?)?;
+    flat.broadcast_add(bias)?
+        .reshape((batch, tokens, bias.elem_count()))
+}
+
+/// `[batch, d]` of `[batch, tokens, d]`.
+fn class_row(state: &Tensor) -> candle_core::Result<Tensor> {
+    state.narrow(1, 0, 1)?.squeeze(1)
+}
+
+/// Of a picture's parts, see [`Ground::adapters`], the sum of the class token's rows.
+fn sum_of_rows(parts: &[f32], d: usize) -> Vec<f32> {
+    let rows = parts.chunks_exact(d).enumerate();
+    let rows = rows.filter(|(i, _)| *i == 0 || i % 2 == 1);
+    rows.fold(vec![0.0; d], |mut sum, (_, row)| {
+        sum.iter_mut().zip(row).for_each(|(s, v)| *s += v);
+        sum
+    })
+}
+
+/// Features `[pictures, width]` less their means, each picture's divided by its own divisor.
+fn divided(features: &[f32], divisors: &[f32]) -> Vec<f32> {
+    let width = features.len() / divisors.len();
+    let (mean, _) = moments(features, width);
+    let rows = features.chunks_exact(width).zip(divisors);
+    rows.flat_map(|(row, by)| {
+        row.iter()
+            .zip(&mean)
+            .map(move |(v, m)| ((f64::from(*v) - m) as f32) / by)
+    })
+    .collect()
+}
+
+/// The least `x` of which `map x` is `wanted`, nearly, when each entry is measured by its `spread`.
+fn preimage(map: &Mat<f64>, spread: &[f64], wanted: &Mat<f64>) -> Result<Mat<f64>> {
+    let scaled = Mat::from_fn(map.nrows(), map.ncols(), |i, j| map[(i, j)] * spread[j]);
+    let x = scaled.transpose() * ridge(&scaled * scaled.transpose())?.solve(wanted);
+    Ok(Mat::from_fn(x.nrows(), x.ncols(), |i, j| x[(i, j)] * spread[i]))
+}
+
+/// A factor for all `logits [classes, pictures]`, and a bias for each class, that bring them closest to those `wanted`.
+fn regression(logits: &Mat<f32>, wanted: &Mat<f32>) -> (f64, Vec<f64>) {
+    let (classes, n) = logits.shape();
+    let mean = |a: &Mat<f32>| -> Vec<f64> {
+        let of = |c: usize| a.row(c).iter().map(|v| f64::from(*v)).sum::<f64>() / n as f64;
+        (0..classes).map(of).collect()
     };
+    let (centre, goal) = (mean(logits), mean(wanted));
+    let (mut product, mut square) = (0.0, 0.0);
+    for i in 0..n {
+        for c in 0..classes {
+            let own = f64::from(logits[(c, i)]) - centre[c];
+            product += own * (f64::from(wanted[(c, i)]) - goal[c]);
+            square += own * own;
+        }
+    }
+    let factor = if square > 0.0 { product / square } else { 1.0 };
+    let bias = goal.iter().zip(centre).map(|(goal, own)| goal - factor * own);
+    (factor, bias.collect())
+}
+
+/// What a LayerNorm divides `values` by.
+fn deviation(values: &[f32]) -> f32 {
+    let (_, variance) = moments_of(values.iter().map(|v| f64::from(*v)), values.len());
+    (variance + LAYER_NORM_EPS).sqrt() as f32
+}
+
+/// What a LayerNorm makes of `values`.
+fn layer_normalise(values: &mut [f32]) {
+    let by = deviation(values);
+    let mean = values.iter().sum::<f32>() / values.len() as f32;
+    values.iter_mut().for_each(|v| *v = (*v - mean) / by);
+}
+
+/// What a LayerNorm makes of the rows of `z [batch, tokens, r]`, and by what it multiplies them on average.
+fn layer_normal(z: &Tensor) -> Result<(Tensor, f64)> {
+    let centred = z.broadcast_sub(&z.mean_keepdim(D::Minus1)?)?;
+    let by = centred
+        .sqr()?
+        .mean_keepdim(D::Minus1)?
+        .affine(1.0, LAYER_NORM_EPS)?
+        .sqrt()?
+        .recip()?;
+    let gain = f64::from(by.mean_all()?.to_scalar::<f32>()?);
+    Ok((centred.broadcast_mul(&by)?, gain))
+}
+
+/// Rows less their means.
+fn centred(a: &Mat<f64>) -> Mat<f64> {
+    let (rows, columns) = a.shape();
+    let means: Vec<f64> = (0..rows)
+        .map(|i| a.row(i).iter().sum::<f64>() / columns as f64)
+        .collect();
+    Mat::from_fn(rows, columns, |i, j| a[(i, j)] - means[i])
+}
+
+/// The `rank` directions of an adapter's input that a classifier uses most, whose weights `[classes, d]` are `of_row` for the class
+/// token's row and `of_mean` for the tokens' mean, which are `inputs [pictures, 2 d]`: a map of it to coordinates of which these
+/// have at most deviation one, `[rank, d]`, and what centres the class token's.
+fn directions(
+    of_row: &Mat<f64>,
+    of_mean: &Mat<f64>,
+    inputs: &[f32],
+    rank: usize,
+) -> Result<(Mat<f64>, Vec<f64>)> {
+    let d = of_row.ncols();
+    let eigen = |a: &Mat<f64>| {
+        a.self_adjoint_eigen(Side::Lower)
+            .map_err(|_| Error::Settings("an adapter's input has no directions".into()))
+    };
+    let inputs = MatRef::from_row_major_slice(inputs, inputs.len() / (2 * d), 2 * d);
     // Both inputs are weighed by what they vary.
-    let (mut metric, mut used) = (DMatrix::zeros(d, d), DMatrix::zeros(d, d));
-    let (mut rows, mut centre) = (DMatrix::zeros(d, d), Vec::new());
-    for i in [1, 2] {
-        let (covariance, mean) = covariance(&part(i), d);
-        let trace = covariance.trace().max(1e-12);
-        let own = weight.columns(i * d, d);
-        used += own.transpose() * own * trace;
-        metric += &covariance / trace;
-        (rows, centre) = match i {
-            1 => (covariance, mean),
-            _ => (rows, mean),
-        };
-    }
-    let eigen = SymmetricEigen::new(metric);
-    let roots = eigen.eigenvalues.map(|v| v.max(1e-9).sqrt());
-    let turned = |power: i32| {
-        &eigen.eigenvectors
-            * DMatrix::from_diagonal(&roots.map(|v| v.powi(power)))
-            * eigen.eigenvectors.transpose()
+    let (row, centre) = covariance(inputs.subcols(0, d));
+    let (mean, _) = covariance(inputs.subcols(d, d));
+    let trace = |a: &Mat<f64>| (0..d).map(|i| a[(i, i)]).sum::<f64>().max(1e-12);
+    let (of_rows, of_means) = (trace(&row), trace(&mean));
+    let metric = &row * faer::Scale(1.0 / of_rows) + &mean * faer::Scale(1.0 / of_means);
+    let used = of_row.transpose() * of_row * faer::Scale(of_rows)
+        + of_mean.transpose() * of_mean * faer::Scale(of_means);
+    // Few pictures do not vary in all directions, but tokens may: those are not to be blown up.
+    let of_metric = eigen(&metric)?;
+    let least = 1e-4 * trace(&metric) / d as f64;
+    let power = |exponent: i32| {
+        let (u, values) = (of_metric.U(), of_metric.S().column_vector());
+        let scaled = Mat::from_fn(d, d, |i, j| {
+            u[(i, j)] * values[j].max(least).sqrt().powi(exponent)
+        });
+        scaled * u.transpose()
     };
-    let root = turned(1);
+    let root = power(1);
     let inner = &root * used * &root;
-    let inner = SymmetricEigen::new((&inner + inner.transpose()) * 0.5);
-    let mut order: Vec<usize> = (0..d).collect();
-    order.sort_by(|&a, &b| inner.eigenvalues[b].total_cmp(&inner.eigenvalues[a]));
-    let chosen = DMatrix::from_fn(rank, d, |i, j| inner.eigenvectors[(j, order[i])]);
-    let mut map = chosen * turned(-1);
-    let spread = &map * rows * map.transpose();
-    for (i, mut row) in map.row_iter_mut().enumerate() {
-        row /= spread[(i, i)].max(1e-12).sqrt();
-    }
+    let of_inner = eigen(&inner)?;
+    // The last ones are the largest.
+    let chosen = of_inner.U().subcols(d - rank, rank).transpose() * power(-1);
+    let variance = |of: &Mat<f64>| {
+        let all = &chosen * of * chosen.transpose();
+        (0..rank).map(|i| all[(i, i)]).collect::<Vec<_>>()
+    };
+    let larger = variance(&row).into_iter().zip(variance(&mean));
+    let least = 0.01 * of_rows.max(of_means);
+    let deviation: Vec<f64> = larger
+        .map(|(row, mean)| row.max(mean).max(least).sqrt())
+        .collect();
+    let map = Mat::from_fn(rank, d, |i, j| chosen[(i, j)] / deviation[i]);
     let bias = (0..rank).map(|i| -(0..d).map(|j| map[(i, j)] * centre[j]).sum::<f64>());
     let bias = bias.collect();
-    match map.iter().all(|v| v.is_finite()) {
+    let is_finite = map.col_iter().all(|column| column.iter().all(|v| v.is_finite()));
+    match is_finite {
         true => Ok((map, bias)),
         false => Err(Error::Settings("an adapter's input does not vary".into())),
     }
 }
 
-/// Of rows of `width` entries; and their mean.
-fn covariance(rows: &[f32], width: usize) -> (DMatrix<f64>, Vec<f64>) {
-    let n = (rows.len() / width) as f64;
-    let mut mean = vec![0.0; width];
-    for row in rows.chunks_exact(width) {
-        mean.iter_mut()
-            .zip(row)
-            .for_each(|(m, x)| *m += f64::from(*x) / n);
-    }
-    let mut sum = DMatrix::zeros(width, width);
-    for chunk in rows.chunks(1000 * width) {
-        let centred = chunk
-            .iter()
-            .enumerate()
-            .map(|(i, x)| (f64::from(*x) - mean[i % width]) as f32);
-        let x = DMatrix::<f32>::from_iterator(width, chunk.len() / width, centred);
-        sum += (&x * x.transpose()).cast::<f64>();
-    }
-    (sum / n, mean)
+/// Of `rows [examples, width]`; and their mean.
+fn covariance(rows: MatRef<f32>) -> (Mat<f64>, Vec<f64>) {
+    let (n, width) = rows.shape();
+    let mean = |j: usize| rows.col(j).iter().map(|v| f64::from(*v)).sum::<f64>() / n as f64;
+    let mean: Vec<f64> = (0..width).map(mean).collect();
+    let centred = Mat::from_fn(n, width, |i, j| (f64::from(rows[(i, j)]) - mean[j]) as f32);
+    let product = centred.transpose() * &centred;
+    let covariance = Mat::from_fn(width, width, |i, j| f64::from(product[(i, j)]) / n as f64);
+    (covariance, mean)
 }
 
-fn deviations(rows: &[f32], width: usize) -> Vec<f64> {
-    let (covariance, _) = covariance(rows, width);
-    covariance.diagonal().iter().map(|v| v.sqrt().max(1e-6)).collect()
+/// Mean and variance of each of `width` features, of rows one after the other.
+fn moments(rows: &[f32], width: usize) -> Moments {
+    let column = |j: usize| rows.iter().skip(j).step_by(width).map(|v| f64::from(*v));
+    (0..width)
+        .map(|j| moments_of(column(j), rows.len() / width))
+        .unzip()
+}
+
+/// Mean and variance of `count` values.
+fn moments_of(values: impl Iterator<Item = f64> + Clone, count: usize) -> (f64, f64) {
+    let mean = values.clone().sum::<f64>() / count as f64;
+    (
+        mean,
+        values.map(|v| (v - mean).powi(2)).sum::<f64>() / count as f64,
+    )
 }
 
 /// `a` with a penalty, factored.
-fn ridge(mut a: DMatrix<f64>) -> Result<nalgebra::Cholesky<f64, nalgebra::Dyn>> {
-    let penalty = (RIDGE * a.trace() / a.nrows() as f64).max(1e-12);
+fn ridge(mut a: Mat<f64>) -> Result<Llt<f64>> {
+    let trace: f64 = (0..a.nrows()).map(|i| a[(i, i)]).sum();
+    let penalty = (RIDGE * trace / a.nrows() as f64).max(1e-12);
     for i in 0..a.nrows() {
         a[(i, i)] += penalty;
     }
-    a.cholesky()
-        .ok_or_else(|| Error::Settings("the pictures determine no adapter to start from".into()))
+    a.llt(Side::Lower)
+        .map_err(|_| Error::Settings("the pictures determine no adapter to start from".into()))
 }
 
-fn values(tensor: &Tensor) -> candle_core::Result<Vec<f32>> {
-    tensor.flatten_all()?.to_vec1()
+fn numbers(tensor: &Tensor) -> Result<Vec<f32>> {
+    Ok(tensor.flatten_all()?.to_vec1()?)
 }
 
-fn matrix(a: &DMatrix<f64>) -> candle_core::Result<Tensor> {
-    let rows: Vec<f32> = a.transpose().iter().map(|v| *v as f32).collect();
-    Tensor::from_vec(rows, a.shape(), &Device::Cpu)
+fn matrix(a: &Mat<f64>) -> Result<Tensor> {
+    let (rows, columns) = a.shape();
+    let values = (0..rows).flat_map(|i| (0..columns).map(move |j| (i, j)));
+    let values: Vec<f32> = values.map(|at| a[at] as f32).collect();
+    Ok(Tensor::from_vec(values, (rows, columns), &Device::Cpu)?)
 }
 
-fn vector(values: Vec<f64>) -> candle_core::Result<Tensor> {
+fn double(tensor: &Tensor) -> Result<Mat<f64>> {
+    let (rows, columns) = tensor.dims2()?;
+    let values = numbers(tensor)?;
+    Ok(Mat::from_fn(rows, columns, |i, j| {
+        f64::from(values[i * columns + j])
+    }))
+}
+
+fn vector(values: Vec<f64>) -> Result<Tensor> {
     let count = values.len();
-    Tensor::from_vec(
-        values.into_iter().map(|v| v as f32).collect::<Vec<_>>(),
-        count,
-        &Device::Cpu,
-    )
+    let values: Vec<f32> = values.into_iter().map(|v| v as f32).collect();
+    Ok(Tensor::from_vec(values, count, &Device::Cpu)?)
 }

@@ -43,18 +43,6 @@ pub struct Owc<B: Backend> {
     inputs: usize,
 }
 
-/// What meets in an adapter, see [`Owc::parts`].
-pub struct Parts<B: Backend> {
-    /// What the head's norm would be given without this adapter and those after it, `[batch, 1, d]`.
-    pub class: B::Tensor,
-    /// The adapter's input u, `[batch, tokens, d]`.
-    pub input: B::Tensor,
-    /// What it makes of it on its way down, `[batch, tokens, rank]`.
-    pub down: B::Tensor,
-    /// The same after the norm before the attention.
-    pub normal: B::Tensor,
-}
-
 enum Form<B: Backend> {
     Trained(Trained<B>),
     Served(Served<B>),
@@ -71,17 +59,6 @@ impl<B: Backend> Owc<B> {
             },
             inputs: config.reads(config.scope)?.len(),
         })
-    }
-
-    /// What adapter `index` works on, from the inputs that [`OwcConfig::reads`] names; in the trained form alone, and with an
-    /// attention.
-    pub fn parts(&self, b: &B, inputs: &[B::Tensor], index: usize) -> Result<Parts<B>> {
-        match &self.form {
-            Form::Trained(m) if inputs.len() == self.inputs && index + 1 < self.inputs => {
-                m.parts(b, inputs, index)
-            }
-            _ => Err(Error::program("adapter", "no such adapter in the trained form")),
-        }
     }
 
     /// Logits `[batch, classes]` from the inputs that [`OwcConfig::reads`] names.

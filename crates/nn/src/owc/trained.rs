@@ -1,9 +1,9 @@
 //! The form that is trained: the definition, layer by layer.
 
-use veiltune_engine::{Backend, Error, NormSpec, Params, Result};
+use veiltune_engine::{Backend, NormSpec, Params, Result};
 
 use super::attention::Attention;
-use super::{Branch, NormChoice, OwcConfig, Parts};
+use super::{Branch, NormChoice, OwcConfig};
 use crate::layers::{Linear, Norm};
 
 /// Adapters, norm and head.
@@ -31,33 +31,6 @@ impl<B: Backend> Trained<B> {
             u = b.add(&adapter.forward(b, &u, i)?, next)?;
         }
         self.classify(b, &u)
-    }
-
-    /// See [`super::Owc::parts`].
-    pub fn parts(&self, b: &B, hidden: &[B::Tensor], index: usize) -> Result<Parts<B>> {
-        let mut u = hidden[0].clone();
-        for (i, next) in hidden[1..=index].iter().enumerate() {
-            u = b.add(&self.adapters[i].forward(b, &u, i)?, next)?;
-        }
-        let adapter = &self.adapters[index];
-        let Between::Block(block) = &adapter.branch else {
-            return Err(Error::program(
-                "adapter",
-                "a branch without attention has no parts",
-            ));
-        };
-        let mut class = b.narrow(&u, 1, 0, 1)?;
-        for next in &hidden[index + 1..] {
-            class = b.add(&class, &b.narrow(next, 1, 0, 1)?)?;
-        }
-        let down = adapter.down.forward(b, &u)?;
-        let normal = block.norm1.forward(b, &down)?;
-        Ok(Parts {
-            class,
-            input: u,
-            down,
-            normal,
-        })
     }
 
     pub fn classify(&self, b: &B, z: &B::Tensor) -> Result<B::Tensor> {

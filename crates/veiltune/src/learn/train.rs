@@ -243,6 +243,12 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         dir: Some(&args.out),
     };
     let bar = Bar::new("training");
+    if settings.warm {
+        bar.say(&format!(
+            "first a linear classifier of {} pictures, to start from: seconds, with a large scope minutes",
+            learn.len()
+        ));
+    }
     let trained = train(
         &task,
         &mut |p| {
