@@ -83,7 +83,8 @@ impl Default for Settings {
 
 impl Settings {
     /// The default for `method`: whole encoders take fewer pictures at once, for their memory; a head alone, whose features
-    /// differ much in size, learns with AdamW, and so cheaply that it is given more epochs.
+    /// differ much in size, learns with AdamW, and so cheaply that it is given more epochs; one-way adapters begin with all that is
+    /// linear, so that many epochs without a better one are for nothing.
     pub fn of(method: &Method) -> Settings {
         match method {
             Method::Head(_) => Settings {
@@ -99,7 +100,10 @@ impl Settings {
                 shard: 5,
                 ..Settings::default()
             },
-            _ => Settings::default(),
+            Method::Owc(_) => Settings {
+                patience: 3,
+                ..Settings::default()
+            },
         }
     }
 

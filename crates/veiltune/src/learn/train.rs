@@ -58,7 +58,8 @@ pub struct Recipe {
     /// Passes over the pictures or texts [default: 20; 60 for a head]
     #[arg(long, value_name = "N")]
     pub epochs: Option<usize>,
-    /// End after N epochs of which none is better on the validation pictures than the best before them [default: never]
+    /// End after N epochs of which none is better on the validation pictures than the best before them [default: 3 for
+    /// adapters if --epochs is not given, else never]
     ///
     /// Whether or not training ends early, the adapter is that of the best epoch.
     #[arg(long, value_name = "N")]
@@ -146,7 +147,10 @@ impl Recipe {
             rate: self.rate.unwrap_or(own.rate),
             decay: self.decay.unwrap_or(own.decay),
             dropout: self.dropout.unwrap_or(own.dropout),
-            patience: self.patience.unwrap_or(own.patience),
+            patience: self.patience.unwrap_or(match self.epochs {
+                Some(_) => 0,
+                None => own.patience,
+            }),
             seed: self.seed,
             ..own
         }
