@@ -31,7 +31,7 @@ use crate::{Error, Result, Variables, evaluate, plot, warm};
 /// How to train. The default is the paper's: SGD, 20 epochs, batches of 50.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Settings {
-    /// Passes over the pictures.
+    /// Passes over the pictures; 0: what training starts with is kept.
     pub epochs: usize,
     /// Training ends after so many epochs without a better one ([`best`]); 0: never before the last.
     pub patience: usize,
@@ -460,6 +460,11 @@ fn initial(
     }
 }
 
+/// Whether it starts at more than noise.
+fn has_start(task: &Task) -> bool {
+    task.settings.warm && task.train.states.layers().is_some()
+}
+
 /// A seed of its own for each use.
 fn seed_of(seed: u64, uses: [u64; 2]) -> u64 {
     // SplitMix64's step, once a number.
@@ -511,6 +516,11 @@ impl<'a> Run<'a> {
     fn start(task: &'a Task<'a>, workers: &'a Workers, interrupted: &AtomicBool) -> Result<Self> {
         task.settings.check()?;
         task.method.check()?;
+        if task.settings.epochs == 0 && !has_start(task) {
+            return Err(Error::Settings(
+                "a model that starts at noise has to be trained for at least one epoch".into(),
+            ));
+        }
         if task.train.which.is_empty() {
             return Err(Error::Settings("no picture to train on".into()));
         }
@@ -557,7 +567,7 @@ impl<'a> Run<'a> {
     /// Begins with what a discriminant analysis finds.
     fn warm_up(&mut self, interrupted: &AtomicBool) -> Result<()> {
         let task = self.task;
-        if !task.settings.warm || task.train.states.layers().is_none() {
+        if !has_start(task) {
             return Ok(());
         }
         let found = self.ground(interrupted).start(task.method)?;

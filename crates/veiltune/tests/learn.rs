@@ -130,6 +130,21 @@ fn what_is_trained_is_measured_in_every_arithmetic_and_planned() {
     assert!(number(&trained["test"]["accuracy"]) > 0.5, "{trained}");
     let curve = fs::read_to_string(trained["learning_curve"].as_str().unwrap()).unwrap();
     assert!(curve.contains("<svg"));
+
+    // The start alone.
+    let start = train("start", &["--epochs", "0"]);
+    assert_eq!(
+        (&start["epoch"], &start["curve"], &start["learning_curve"]),
+        (&json!(0), &json!([]), &Value::Null)
+    );
+    assert_eq!(start["start"], trained["start"]);
+    assert_eq!(
+        start["validation_accuracy"],
+        start["start"]["validation_accuracy"]
+    );
+    assert!(number(&start["test"]["accuracy"]) > 0.5, "{start}");
+    assert!(world.has_adapter("start"));
+
     let report: Value =
         serde_json::from_slice(&fs::read(world.at("owc").join("report.json")).unwrap()).unwrap();
     assert_eq!(
@@ -485,7 +500,11 @@ fn what_makes_no_sense_is_refused_before_anything_is_done() {
         ("file/below", &[], &["below", "--out"]),
         ("none", &["--validation", "1"], &["--validation", "below 1"]),
         ("none", &["--validation", "NaN"], &["--validation"]),
-        ("none", &["--epochs", "0"], &["--epochs"]),
+        (
+            "none",
+            &["--method", "mpcvit", "--epochs", "0"],
+            &["--epochs 0", "at least 1"],
+        ),
         ("none", &["--views", "0"], &["--views"]),
         ("none", &["--patience", "0"], &["--patience"]),
         ("none", &["--crop-scale", "0"], &["--crop-scale", "at most 1"]),
@@ -519,6 +538,7 @@ fn what_makes_no_sense_is_refused_before_anything_is_done() {
             &["search space", "96", "--ranks"],
         ),
         (&["--seconds", "1", "--gmacs", "0"], &["--gmacs"]),
+        (&["--seconds", "1", "--epochs", "0"], &["--epochs", "at least 1"]),
     ] {
         let mut command = world.command("search", args);
         run(command.arg("--out").arg(world.at("none"))).explains(2, parts);

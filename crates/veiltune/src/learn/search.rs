@@ -168,6 +168,9 @@ impl From<Comparison> for Compared {
 /// Searches.
 pub fn run(args: &SearchArgs) -> Result<()> {
     args.recipe.check()?;
+    if args.recipe.epochs == Some(0) {
+        return Err(Error::Input("--epochs must be at least 1 in a search".into()));
+    }
     check_out(&args.out)?;
     if !(args.gmacs > 0.0 && args.gmacs.is_finite()) {
         return Err(Error::Input("--gmacs must be a positive number".into()));

@@ -55,7 +55,7 @@ pub struct TrainArgs {
 /// How to train.
 #[derive(Args, Clone, Debug)]
 pub struct Recipe {
-    /// Passes over the pictures or texts [default: 20; 60 for a head]
+    /// Passes over the pictures or texts; 0: what training starts with is kept [default: 20; 60 for a head]
     #[arg(long, value_name = "N")]
     pub epochs: Option<usize>,
     /// End after N epochs of which none is better on the validation pictures than the best before them [default: 3 for
@@ -98,7 +98,6 @@ impl Recipe {
             return refuse("--validation must be at least 0 and below 1");
         }
         for (count, name) in [
-            (self.epochs, "--epochs"),
             (self.batch, "--batch"),
             (self.views, "--views"),
             (self.patience, "--patience"),
@@ -164,7 +163,8 @@ struct Summary {
     #[serde(skip)]
     noun: &'static str,
     adapter: PathBuf,
-    learning_curve: PathBuf,
+    /// If there was an epoch.
+    learning_curve: Option<PathBuf>,
     backbone: String,
     peft_type: &'static str,
     classes: usize,
@@ -225,6 +225,11 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     let method = args.method.build(&Ground::of(base), labels)?;
     let settings = args.recipe.settings(&method);
     let source = source(&method, base);
+    if settings.epochs == 0 && source.layers().is_none() {
+        return Err(Error::Input(
+            "--epochs 0 would leave at noise what has no backbone to start from; give at least 1".into(),
+        ));
+    }
     let reads = all_reads(&[&method], source.layers().unwrap_or(0))?;
     let seed = args.recipe.seed;
     make(&args.out)?;
@@ -296,7 +301,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     let summary = Summary {
         noun: labelled.noun(),
         adapter: args.out.clone(),
-        learning_curve: args.out.join(CURVE_FILE),
+        learning_curve: (!figures.report.curve.is_empty()).then(|| args.out.join(CURVE_FILE)),
         backbone: args.data.backbone_name(),
         peft_type: classifier.config.method.peft_type(),
         classes: labelled.examples().classes().len(),
@@ -348,16 +353,18 @@ impl Summary {
     fn text(&self) -> String {
         let report = &self.figures.report;
         let percent = |share: f64| format!("{:.2} %", 100.0 * share);
+        let epoch = match report.epoch {
+            0 => "of the start".to_owned(),
+            number => format!("after epoch {number} of {}", report.curve.len()),
+        };
         let mut text = format!(
-            "{}: {} trained values, {} {} in {} views, {:.0} s\naccuracy after epoch {} of {}: training {}",
+            "{}: {} trained values, {} {} in {} views, {:.0} s\naccuracy {epoch}: training {}",
             self.peft_type,
             grouped(report.parameters as u64),
             report.pictures,
             self.noun,
             report.views,
             report.seconds,
-            report.epoch,
-            report.curve.len(),
             percent(report.train_accuracy)
         );
         if let Some(accuracy) = report.validation_accuracy {
@@ -378,10 +385,9 @@ impl Summary {
             grouped(self.online_bytes[0]),
             grouped(self.online_bytes[1])
         );
-        text + &format!(
-            "learning curve: {}\nadapter: {}\n",
-            self.learning_curve.display(),
-            self.adapter.display()
-        )
+        if let Some(curve) = &self.learning_curve {
+            text += &format!("learning curve: {}\n", curve.display());
+        }
+        text + &format!("adapter: {}\n", self.adapter.display())
     }
 }
