@@ -61,13 +61,17 @@ pub enum Range {
 /// Scores entering a softmax.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SoftmaxSpec {
-    /// Calibrated: |score| <= bound. At most [`SoftmaxSpec::WIDEST`]; up to 24 takes fewer rounds.
+    /// Calibrated: |score| <= bound. At most [`SoftmaxSpec::WIDEST`]; the smaller ones of these constants take fewer rounds.
     pub bound: f64,
 }
 
 impl SoftmaxSpec {
-    /// Largest bound.
-    pub const WIDEST: f64 = 248.0;
+    /// Largest bound at which the exponentials of a row fit one Fourier sum.
+    pub const NARROW: f64 = 24.0;
+    /// Largest bound of scores that are brought into that range at once.
+    pub const WIDE: f64 = 248.0;
+    /// Largest bound of scores that are brought there in two steps.
+    pub const WIDEST: f64 = 1984.0;
 }
 
 /// Which normalisation.

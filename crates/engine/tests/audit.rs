@@ -120,6 +120,7 @@ fn jobs() -> Vec<Job> {
         Verb::Activation(Activation::Tanh, Range::Guarded(6.0)),
         Verb::Softmax,
         Verb::WideSoftmax,
+        Verb::WidestSoftmax,
         Verb::Normalize(NormKind::Layer),
         Verb::NormalizeOfSquare(NormKind::Layer),
         Verb::ReluOfFineSquare,

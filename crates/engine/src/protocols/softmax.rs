@@ -10,7 +10,8 @@
 //! Scores of a wider range (bound above 24, at most 248) are first brought into it: less another coarse maximum, those more
 //! than 16 and a bucket below it are raised to there by a [comparison](super::compare) (4 rounds more, 7
 //! with masked bits, and one for scores of more than 16 fractional bits; each way about 11 bytes an element more, 13 with masked
-//! bits, and 31 a row; dealer what the comparison and a second coarse maximum take).
+//! bits, and 31 a row; dealer what the comparison and a second coarse maximum take). Where buckets are too wide for one such step
+//! (bound above 248, at most 1984), two of them follow each other.
 //!
 //! 5 rounds, where published protocols take 41 to 116. Each way 13.4 bytes an element (8 of them for opening p) if s has
 //! 16 fractional bits and bound is 15, and 47 a row (rows of up to 255). Dealer: to the second party 32 bytes an element
@@ -31,8 +32,6 @@ use super::coarse_max::CoarseMax;
 use super::inverse::power;
 use super::trigonometric::Form;
 
-/// Largest bound at which the exponentials of a row fit one Fourier sum.
-const NARROW: f64 = 24.0;
 /// Fractional bits of an exponential.
 const EXP_BITS: u32 = 24;
 /// Scores so far below the largest are raised: what they add to a sum is at most exp(-NEGLIGIBLE) of it, each.
@@ -47,10 +46,12 @@ pub fn softmax<G: Gates>(g: &G, x: &G::T, spec: &SoftmaxSpec) -> Result<G::T> {
         ));
     }
     let dim = last_dim(g, x, "softmax")?;
-    let (x, bound) = match spec.bound <= NARROW {
-        true => (at_most(g, x, MAX_INPUT_SCALE)?, spec.bound),
-        false => clamped(g, x, spec.bound)?,
-    };
+    let (mut x, mut bound) = (x.clone(), spec.bound);
+    let wide = [SoftmaxSpec::NARROW, SoftmaxSpec::WIDE].into_iter();
+    for _ in wide.filter(|limit| spec.bound > *limit) {
+        (x, bound) = clamped(g, &x, bound)?;
+    }
+    let x = at_most(g, &x, MAX_INPUT_SCALE)?;
     let n = g.meta(&x).dims[dim];
     let coarse = CoarseMax::for_bound(bound);
     let width = coarse.width();
@@ -65,7 +66,9 @@ pub fn softmax<G: Gates>(g: &G, x: &G::T, spec: &SoftmaxSpec) -> Result<G::T> {
     g.product(Product::Elementwise, &p, &inverse)
 }
 
-/// Scores of a wide range, less a coarse maximum of their row, with those that do not matter raised; and their new bound.
+/// Scores of a wide range, less a coarse maximum of their row, with those that do not matter raised; and their new bound, which is
+/// 8 and a bucket's width, a rounding error aside: at most [`SoftmaxSpec::NARROW`] for [`SoftmaxSpec::WIDE`], and less than that for
+/// [`SoftmaxSpec::WIDEST`].
 fn clamped<G: Gates>(g: &G, x: &G::T, bound: f64) -> Result<(G::T, f64)> {
     let x = at_most(g, x, SCALE)?;
     let scale = g.meta(&x).scale;

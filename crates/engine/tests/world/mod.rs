@@ -37,6 +37,8 @@ pub enum Verb {
     Softmax,
     /// Of scores in a range that is first narrowed.
     WideSoftmax,
+    /// In two steps.
+    WidestSoftmax,
     Normalize(NormKind),
     /// Of x * x: 32 fractional bits, truncated.
     NormalizeOfSquare(NormKind),
@@ -167,6 +169,7 @@ impl Program for Job {
             Verb::Activation(f, range) => b.activation(&x, f, range)?,
             Verb::Softmax => b.softmax(&x, &SoftmaxSpec { bound: 15.0 })?,
             Verb::WideSoftmax => b.softmax(&x, &SoftmaxSpec { bound: 90.0 })?,
+            Verb::WidestSoftmax => b.softmax(&x, &SoftmaxSpec { bound: 900.0 })?,
             Verb::Normalize(kind) => b.normalize(&x, &norm(kind))?,
             Verb::NormalizeOfSquare(kind) => b.normalize(&b.mul(&x, &x)?, &norm(kind))?,
             Verb::ReluOfFineSquare => b.relu(&b.mul(&b.scale(&x, 0.3)?, &x)?)?,

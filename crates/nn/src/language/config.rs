@@ -532,7 +532,7 @@ impl Seen<'_> {
             AttentionRanges::Softmax { bound, mask } => {
                 let seen = self.next(Verb::Softmax)?.input;
                 // Masked scores take as much room again.
-                let most = 0.5 * (SoftmaxSpec::WIDEST - MASKED);
+                let most = 0.5 * (SoftmaxSpec::WIDE - MASKED);
                 (*bound, *mask) = masked(seen * self.margin.min((most / seen).max(1.0)));
                 // The masked scores of an uncalibrated model follow those before the mask.
                 self.sites.next_if(|s| s.verb == Verb::Softmax);
