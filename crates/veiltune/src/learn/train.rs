@@ -252,7 +252,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         dir: Some(&args.out),
     };
     let bar = Bar::new("training");
-    if settings.warm {
+    if settings.warm && !args.out.join(STATE_FILE).exists() {
         bar.say(&format!(
             "first a linear classifier of {} pictures, to start from: seconds, with a large scope minutes",
             learn.len()
