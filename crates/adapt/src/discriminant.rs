@@ -129,6 +129,13 @@ impl Discriminant {
         let mean = found.bias;
         Ok((Discriminant { weight, bias, mean }, choice))
     }
+
+    /// Of `features [examples, width]`: `[classes, examples]`.
+    pub fn logits(&self, features: &[f32]) -> Mat<f32> {
+        let width = self.weight.ncols();
+        let rows = MatRef::from_row_major_slice(features, features.len() / width, width);
+        logits(&self.weight, &self.bias, rows)
+    }
 }
 
 /// What features are standardised with.
@@ -271,6 +278,16 @@ impl Moments {
     }
 }
 
+/// `[classes, examples]` of `rows [examples, width]`.
+fn logits(weight: &Mat<f64>, bias: &[f64], rows: MatRef<f32>) -> Mat<f32> {
+    let weight = Mat::from_fn(weight.nrows(), weight.ncols(), |c, j| weight[(c, j)] as f32);
+    let mut logits = weight * rows.transpose();
+    for column in logits.col_iter_mut() {
+        column.iter_mut().zip(bias).for_each(|(v, b)| *v += *b as f32);
+    }
+    logits
+}
+
 /// Weights `[classes, width]` and biases for standardised features.
 struct Classifier {
     weight: Mat<f64>,
@@ -283,21 +300,6 @@ impl Classifier {
             weight: self.weight * faer::Scale(1.0 / temperature),
             bias: self.bias.iter().map(|b| b / temperature).collect(),
         }
-    }
-
-    /// Logits `[classes, examples]`.
-    fn logits(&self, examples: &Standardised) -> Mat<f32> {
-        let weight = Mat::from_fn(self.weight.nrows(), self.weight.ncols(), |c, j| {
-            self.weight[(c, j)] as f32
-        });
-        let mut logits = weight * examples.rows().transpose();
-        for column in logits.col_iter_mut() {
-            column
-                .iter_mut()
-                .zip(&self.bias)
-                .for_each(|(v, b)| *v += *b as f32);
-        }
-        logits
     }
 
     /// Descends on the cross-entropy of `examples`.
@@ -397,7 +399,8 @@ fn choose(fitted: &Standardised, held: &Standardised, moments: &Moments, means: 
         if means.interrupted.load(Relaxed) {
             return Err(Error::Interrupted);
         }
-        let logits = moments.solve(shrinkage)?.logits(held);
+        let found = moments.solve(shrinkage)?;
+        let logits = logits(&found.weight, &found.bias, held.rows());
         let at = |&temperature: &f64| {
             let loss = cross_entropies(&logits, held.labels, temperature);
             let choice = Choice {
@@ -417,7 +420,8 @@ fn choose(fitted: &Standardised, held: &Standardised, moments: &Moments, means: 
         .unwrap_or((f64::INFINITY, few));
     let start = moments.solve(choice.shrinkage)?.cooled(choice.temperature);
     let descents = means.workers.map(&DROPOUTS, |&dropout| {
-        let logits = start.descend(fitted, dropout, means)?.logits(held);
+        let found = start.descend(fitted, dropout, means)?;
+        let logits = logits(&found.weight, &found.bias, held.rows());
         let dropout = Some(dropout);
         Ok((
             cross_entropies(&logits, held.labels, 1.0),

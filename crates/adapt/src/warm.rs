@@ -110,17 +110,15 @@ impl<F: Fn(&str, &[usize]) -> veiltune_engine::Result<Tensor> + Sync> Ground<'_,
         Discriminant::fit(&examples, choice, means)
     }
 
-    /// What the head of `method` with these `values` is given, row after row; if that is from a batch norm, as the averages make
-    /// it that it then has, which join the values.
-    fn features(&self, method: &Method, values: &mut Values) -> Result<Vec<f32>> {
+    /// A head fitted to what it is given, and its norm's averages if that is a batch norm.
+    fn head(&self, method: &Method) -> Result<Values> {
+        let (width, mut values) = (method.hidden_size(), Values::new());
         // A head that hands on what it is given.
-        let width = method.hidden_size();
         let bare = method.with_labels((0..width).map(|i| i.to_string()).collect());
         let load = |name: &str, dims: &[usize]| -> veiltune_engine::Result<Tensor> {
-            match (name, values.get(name)) {
-                ("head.weight", _) => Ok(Tensor::eye(width, DType::F32, &Device::Cpu)?),
-                ("head.bias", _) => Ok(Tensor::zeros(width, DType::F32, &Device::Cpu)?),
-                (_, Some(value)) => Ok(value.clone()),
+            match name {
+                "head.weight" => Ok(Tensor::eye(width, DType::F32, &Device::Cpu)?),
+                "head.bias" => Ok(Tensor::zeros(width, DType::F32, &Device::Cpu)?),
                 _ => Ok((self.initial)(name, dims)?.detach()),
             }
         };
@@ -136,27 +134,11 @@ impl<F: Fn(&str, &[usize]) -> veiltune_engine::Result<Tensor> + Sync> Ground<'_,
         }) = method
         {
             // Its averages were 0 and 1 so far.
-            let unit = (1.0 + BATCH_NORM_EPS).sqrt();
-            let (mean, variance) = moments(&features, width);
-            let mean: Vec<f64> = mean.iter().map(|v| unit * v).collect();
-            let variance: Vec<f64> = variance.iter().map(|v| unit * unit * v).collect();
-            for row in features.chunks_exact_mut(width) {
-                for (j, v) in row.iter_mut().enumerate() {
-                    let centred = unit * f64::from(*v) - mean[j];
-                    *v = (centred / (variance[j] + BATCH_NORM_EPS).sqrt()) as f32;
-                }
-            }
-            values.insert("norm.running_mean".into(), vector(mean)?);
-            values.insert("norm.running_var".into(), vector(variance)?);
+            let unit = (1.0 + BATCH_NORM_EPS).sqrt() as f32;
+            features.iter_mut().for_each(|v| *v *= unit);
+            values.extend(batch_normalise(&mut features, width)?.0);
         }
-        Ok(features)
-    }
-
-    /// A head fitted to what it is given, with its norm's averages.
-    fn head(&self, method: &Method) -> Result<Values> {
-        let mut values = Values::new();
-        let features = self.features(method, &mut values)?;
-        let (fit, _) = self.fit(&features, method.hidden_size(), method.labels().len(), None)?;
+        let (fit, _) = self.fit(&features, width, method.labels().len(), None)?;
         values.insert("head.weight".into(), matrix(&fit.weight)?);
         values.insert("head.bias".into(), vector(fit.bias)?);
         Ok(values)
@@ -251,15 +233,6 @@ impl<F: Fn(&str, &[usize]) -> veiltune_engine::Result<Tensor> + Sync> Ground<'_,
         let (_, variance) = moments(&features, width);
         let features = divided(&features, &divisors);
         let (fit, _) = self.fit(&features, width, classes, Some(choice))?;
-        let weight = Mat::from_fn(classes, width, |c, j| fit.weight[(c, j)] as f32);
-        let rows = MatRef::from_row_major_slice(&features, divisors.len(), width);
-        let mut logits = weight * rows.transpose();
-        for column in logits.col_iter_mut() {
-            column
-                .iter_mut()
-                .zip(&fit.bias)
-                .for_each(|(v, b)| *v += *b as f32);
-        }
         let is_constant = |i: usize| {
             let (row, mean) = variance[d + 2 * i * r..].split_at(r);
             row.iter()
@@ -273,8 +246,8 @@ impl<F: Fn(&str, &[usize]) -> veiltune_engine::Result<Tensor> + Sync> Ground<'_,
             spread: variance[..d].iter().map(|v| v.sqrt().max(1e-6)).collect(),
             is_constant: (0..s).map(is_constant).collect(),
             divisor: divisors.iter().map(|v| f64::from(*v)).sum::<f64>() / n,
+            logits: fit.logits(&features),
             fit,
-            logits,
         })
     }
 
@@ -363,8 +336,9 @@ impl<F: Fn(&str, &[usize]) -> veiltune_engine::Result<Tensor> + Sync> Ground<'_,
             let offset = preimage(&centred(&of_class), spread, &wanted)?;
             for row in rows.chunks_exact_mut(d) {
                 (0..d).for_each(|j| row[j] += offset[(j, 0)] as f32);
-                layer_normalise(row);
             }
+            let tokens = (self.pictures.which.len(), 1, d);
+            rows = numbers(&layer_normal(&Tensor::from_vec(rows, tokens, &Device::Cpu)?)?.0)?;
             let bias = (0..d).map(|j| offset[(j, 0)] / c.scale).collect();
             values.insert(format!("adapters.{}.up.bias", s - 1), vector(bias)?);
         } else {
@@ -380,17 +354,11 @@ impl<F: Fn(&str, &[usize]) -> veiltune_engine::Result<Tensor> + Sync> Ground<'_,
                 values.insert(format!("{block}.norm1.running_mean"), vector(mean)?);
                 values.insert(format!("{block}.norm1.running_var"), vector(variance)?);
             }
-            let (mean, variance) = moments(&rows, d);
-            for (j, (mean, variance)) in mean.iter().zip(&variance).enumerate() {
-                let by = (variance + BATCH_NORM_EPS).sqrt();
+            let (norm, deviations) = batch_normalise(&mut rows, d)?;
+            for (j, by) in deviations.iter().enumerate() {
                 weight.col_mut(j).iter_mut().for_each(|w| *w *= by);
-                rows.iter_mut()
-                    .skip(j)
-                    .step_by(d)
-                    .for_each(|v| *v = ((f64::from(*v) - mean) / by) as f32);
             }
-            values.insert("norm.running_mean".into(), vector(mean)?);
-            values.insert("norm.running_var".into(), vector(variance)?);
+            values.extend(norm);
         }
 
         // The head on that: as sharp as the analysis, and right on average.
@@ -541,11 +509,20 @@ fn deviation(values: &[f32]) -> f32 {
     (variance + LAYER_NORM_EPS).sqrt() as f32
 }
 
-/// What a LayerNorm makes of `values`.
-fn layer_normalise(values: &mut [f32]) {
-    let by = deviation(values);
-    let mean = values.iter().sum::<f32>() / values.len() as f32;
-    values.iter_mut().for_each(|v| *v = (*v - mean) / by);
+/// Makes of rows of `width` entries what a batch norm makes of them that has their averages; its parameters, and what it divides by.
+fn batch_normalise(rows: &mut [f32], width: usize) -> Result<(Values, Vec<f64>)> {
+    let (mean, variance) = moments(rows, width);
+    let by: Vec<f64> = variance.iter().map(|v| (v + BATCH_NORM_EPS).sqrt()).collect();
+    for row in rows.chunks_exact_mut(width) {
+        for ((v, mean), by) in row.iter_mut().zip(&mean).zip(&by) {
+            *v = ((f64::from(*v) - mean) / by) as f32;
+        }
+    }
+    let values = Values::from([
+        ("norm.running_mean".into(), vector(mean)?),
+        ("norm.running_var".into(), vector(variance)?),
+    ]);
+    Ok((values, by))
 }
 
 /// What a LayerNorm makes of the rows of `z [batch, tokens, r]`, and by what it multiplies them on average.

@@ -11,7 +11,7 @@
 //! than 16 and a bucket below it are raised to there by a [comparison](super::compare) (4 rounds more, 7
 //! with masked bits, and one for scores of more than 16 fractional bits; each way about 11 bytes an element more, 13 with masked
 //! bits, and 31 a row; dealer what the comparison and a second coarse maximum take). Where buckets are too wide for one such step
-//! (bound above 248, at most 1984), two of them follow each other.
+//! (bound above 248, at most 1984), two of them follow each other, at twice the cost but for the round of finer scores.
 //!
 //! 5 rounds, where published protocols take 41 to 116. Each way 13.4 bytes an element (8 of them for opening p) if s has
 //! 16 fractional bits and bound is 15, and 47 a row (rows of up to 255). Dealer: to the second party 32 bytes an element
