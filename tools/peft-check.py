@@ -57,7 +57,8 @@ VISION = {
     "vit": (t.ViTConfig(**SIZES, **MLP, **LABELS), t.ViTForImageClassification, "vit"),
     "vit-relu": (t.ViTConfig(**SIZES, **MLP, **LABELS, hidden_act="relu"), t.ViTForImageClassification, "vit"),
     "deit": (t.DeiTConfig(**SIZES, **MLP, **LABELS), t.DeiTForImageClassification, "deit"),
-    # Without GELU, whose series makes more of a difference in this random model than in the others.
+    "dinov2": (t.Dinov2Config(**SIZES, mlp_ratio=2, layerscale_value=0.7, **LABELS), t.Dinov2ForImageClassification,
+               "dinov2"),
     "dinov2-relu": (t.Dinov2Config(**SIZES, mlp_ratio=2, layerscale_value=0.7, hidden_act="relu", **LABELS),
                     t.Dinov2ForImageClassification, "dinov2"),
     "clip": (t.CLIPConfig(vision_config=dict(**SIZES, **MLP), **LABELS), t.CLIPForImageClassification, "vision_model"),
@@ -249,7 +250,9 @@ def loaded(report, what, name, adapter, dir):
 
 def exported(report, name, work):
     dir, adapter, data = work / name, work / f"{name}-lora", work / "pictures"
-    settings = "--epochs", 8, "--rate", 0.05, "--batch", 6, "--rank", RANK, "--views", 1, "--seed", 3
+    # Without validation the last epoch is kept, and not, perhaps, the start, in which no change has been made yet.
+    settings = ("--epochs", 8, "--rate", 0.05, "--batch", 6, "--rank", RANK, "--views", 1, "--seed", 3,
+                "--validation", 0)
     veiltune("train", "--method", "lora", "--backbone", dir, "--data", data, "--cache", work / "cache", "--threads", 1,
              "--out", adapter, *settings)
     what = f"LoRA of {name} to PEFT"
