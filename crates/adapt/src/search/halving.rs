@@ -32,7 +32,7 @@ use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 
 use super::model::{Input, Model, normal};
-use super::run::{best, latest};
+use super::run::{best, latest, work};
 use super::{Candidate, Field, Goal, Settings, Strategy, Trial};
 
 /// The first training is this part of a full one.
@@ -81,11 +81,11 @@ impl<'a> Halving<'a> {
     }
 
     /// Epochs in total after the next doubling; the last one makes the training full.
-    fn longer(&self, epochs: usize) -> usize {
+    fn longer(&self, epochs: Option<usize>) -> usize {
         match epochs {
-            0 => self.shortest(),
-            e if 3 * e > self.settings.epochs => self.settings.epochs,
-            e => 2 * e,
+            None => self.shortest(),
+            Some(e) if 3 * e > self.settings.epochs => self.settings.epochs,
+            Some(e) => 2 * e,
         }
     }
 
@@ -184,8 +184,8 @@ impl Strategy for Halving<'_> {
         self.left = 0.0;
         for &id in &self.order {
             let point = &self.field.points[id];
-            let trained = latest.get(&point.candidate).map_or(0, |t| t.epochs);
-            if trained == full {
+            let trained = latest.get(&point.candidate).map(|t| t.epochs);
+            if trained == Some(full) {
                 continue;
             }
             let gain = self.gain(id, &model, incumbent, self.ceiling(&point.candidate, &latest));
@@ -193,10 +193,10 @@ impl Strategy for Halving<'_> {
                 continue;
             }
             let epochs = self.longer(trained);
-            self.left += (epochs - trained) as f64 * point.cost;
+            self.left += work(trained, epochs) as f64 * point.cost;
             // The gain is one of a full training, so what counts is what remains to that: a long training that has kept its
             // promise is finished before many others are begun.
-            let remaining = (full - trained) as f64 * point.cost;
+            let remaining = work(trained, full) as f64 * point.cost;
             if choice.is_none_or(|c| gain / remaining > c.0) {
                 choice = Some((gain / remaining, point.candidate, epochs));
             }
@@ -207,7 +207,7 @@ impl Strategy for Halving<'_> {
         if latest.values().all(|t| t.epochs < full) {
             // What a full training adds is still a guess: not yet the time to give up.
             let best = incumbent?;
-            return Some((best.candidate, self.longer(best.epochs)));
+            return Some((best.candidate, self.longer(Some(best.epochs))));
         }
         let unconfirmed = incumbent.filter(|t| t.epochs < full && self.settings.goal.value(t).0)?;
         Some((unconfirmed.candidate, full))

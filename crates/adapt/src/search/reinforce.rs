@@ -13,6 +13,7 @@
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
+use super::run::work;
 use super::{Candidate, Field, Goal, Settings, Strategy, Trial};
 
 /// Samples without a better reward that end a scope.
@@ -201,7 +202,7 @@ impl Strategy for Reinforce<'_> {
         let samples = (open * PATIENCE).saturating_sub(self.streak);
         let costs = self.field.points.iter().map(|p| p.cost);
         let mean = costs.sum::<f64>() / self.field.points.len() as f64;
-        samples as f64 * mean * self.settings.epochs as f64
+        samples as f64 * mean * work(None, self.settings.epochs) as f64
     }
 }
 

@@ -35,7 +35,7 @@ pub struct Settings {
     pub space: Space,
     /// What for.
     pub goal: Goal,
-    /// Epochs of a full training.
+    /// Epochs of a full training; with 0 candidates are measured as training would start them.
     pub epochs: usize,
     /// Of every random choice.
     pub seed: u64,
@@ -50,9 +50,6 @@ impl Settings {
     fn check(&self) -> Result<()> {
         self.space.candidates()?;
         self.goal.check()?;
-        if self.epochs == 0 {
-            return Err(Error::Settings("a full training of no epochs".into()));
-        }
         if self.budget.is_some_and(|b| b.is_nan() || b <= 0.0) {
             return Err(Error::Settings("a budget of no trainings".into()));
         }
@@ -73,7 +70,7 @@ pub struct Trial {
     pub latency: f64,
     /// Seconds that this trial took.
     pub seconds: f64,
-    /// Epochs that this trial added, weighted by [`Evaluate::training_cost`].
+    /// Epochs that this trial added, or 1 for a start alone, weighted by [`Evaluate::training_cost`].
     pub cost: f64,
 }
 
@@ -82,7 +79,7 @@ pub struct Trial {
 pub struct Spent {
     /// Different candidates trained.
     pub candidates: usize,
-    /// Trained epochs, in full trainings.
+    /// Trained epochs, in full trainings; a start alone counts as one epoch.
     pub trainings: f64,
     /// Trained epochs, weighted by [`Evaluate::training_cost`].
     pub cost: f64,
@@ -101,7 +98,8 @@ impl Spent {
             spent.seconds += t.seconds;
         }
         spent.candidates = longest.len();
-        spent.trainings = longest.values().sum::<usize>() as f64 / epochs as f64;
+        let done: usize = longest.values().map(|&e| work(None, e)).sum();
+        spent.trainings = done as f64 / work(None, epochs) as f64;
         spent
     }
 }
@@ -209,7 +207,7 @@ impl Search {
             };
             let point = field.get(&candidate).expect("methods choose from the field");
             let earlier = trials.iter().rev().find(|t| t.candidate == candidate);
-            let added = epochs - earlier.map_or(0, |t| t.epochs);
+            let added = work(earlier.map(|t| t.epochs), epochs);
             let replayed = trials.len() < self.recorded.len();
             if replayed {
                 let trial = &self.recorded[trials.len()];
@@ -232,7 +230,7 @@ impl Search {
                     break Ended::Interrupted;
                 }
                 let spent = Spent::of(&trials, settings.epochs).trainings;
-                let next = added as f64 / settings.epochs as f64;
+                let next = added as f64 / work(None, settings.epochs) as f64;
                 if settings.budget.is_some_and(|b| spent + next > b + 1e-9) {
                     break Ended::Budget;
                 }
@@ -328,6 +326,12 @@ fn outcome(trials: Vec<Trial>, ended: Ended, field: &Field, settings: &Settings)
         spent: Spent::of(&trials, settings.epochs),
         trials,
     }
+}
+
+/// What is to be done to a candidate that has been trained for `from` epochs, if at all, until it has been for `to`: epochs, of
+/// which a start alone counts as one.
+pub(super) fn work(from: Option<usize>, to: usize) -> usize {
+    (to - from.unwrap_or(0)).max(1)
 }
 
 /// The longest training of each candidate, in the order of the candidates.

@@ -1,3 +1,4 @@
+use std::collections::BTreeSet;
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::Path;
@@ -269,6 +270,45 @@ fn what_is_rejected_is_never_trained() {
                     assert!(seconds <= Landscape::seconds(&smallest(c)) + 1e-12, "{c}");
                 }
             }
+        }
+    }
+}
+
+#[test]
+fn without_epochs_starts_are_compared_each_once_and_a_good_one_is_found() {
+    for (method, goal) in problems() {
+        let mut landscape = Landscape::new(1, 0.0, 5);
+        // An accuracy that starts reach too: so much is unlearned.
+        let goal = match goal {
+            Goal::Efficiency { accuracy } => Goal::Efficiency {
+                accuracy: accuracy - landscape.learning.0 * (1.0 - (-4f64).exp()),
+            },
+            utility => utility,
+        };
+        let all = Space::default().candidates().unwrap();
+        let starts: Vec<Trial> = all.iter().map(|c| trial(c, 0, landscape.truth(c, 0))).collect();
+        let right = run::best(&starts, &goal).unwrap();
+        let budget = Some(30.0);
+        let without = Settings {
+            epochs: 0,
+            budget,
+            ..settings(method, goal, 5)
+        };
+        let outcome = run(without, &mut landscape);
+        let seen: BTreeSet<_> = landscape.trained.iter().map(|(c, _)| c).collect();
+        assert!(landscape.trained.iter().all(|(_, epochs)| *epochs == 0));
+        assert_eq!(seen.len(), landscape.trained.len());
+        assert_eq!(outcome.spent.trainings, seen.len() as f64);
+        assert!(outcome.spent.trainings <= 30.0);
+        if method == Method::Halving {
+            assert!(outcome.reached && goal.value(right).0);
+            let found = outcome.trials.iter().find(|t| Some(t.candidate) == outcome.best);
+            let found = found.unwrap();
+            let near = match goal {
+                Goal::Efficiency { .. } => found.latency < 1.1 * right.latency,
+                Goal::Utility { .. } => found.accuracy > right.accuracy - 0.002,
+            };
+            assert!(near, "{found:?}, not {right:?}");
         }
     }
 }
@@ -719,13 +759,6 @@ fn settings_that_make_no_sense_are_refused() {
     ] {
         assert!(Search::new(Settings { goal, ..halving() }).is_err());
     }
-    assert!(
-        Search::new(Settings {
-            epochs: 0,
-            ..halving()
-        })
-        .is_err()
-    );
     assert!(
         Search::new(Settings {
             budget: Some(f64::NAN),

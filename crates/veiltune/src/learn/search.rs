@@ -168,9 +168,10 @@ impl From<Comparison> for Compared {
 /// Searches.
 pub fn run(args: &SearchArgs) -> Result<()> {
     args.recipe.check()?;
-    if args.recipe.epochs == Some(0) {
-        return Err(Error::Input("--epochs must be at least 1 in a search".into()));
-    }
+    let recipe = Recipe {
+        epochs: args.recipe.epochs.or(Some(0)),
+        ..args.recipe.clone()
+    };
     check_out(&args.out)?;
     if !(args.gmacs > 0.0 && args.gmacs.is_finite()) {
         return Err(Error::Input("--gmacs must be a positive number".into()));
@@ -210,7 +211,7 @@ pub fn run(args: &SearchArgs) -> Result<()> {
     let interrupted = interruptible()?;
     let base = args.data.open_backbone(&args.form)?;
     let source = base.source();
-    let views = args.recipe.views(source)?;
+    let views = recipe.views(source)?;
     let (layers, width) = (source.layers().unwrap_or(0), source.width());
     let space = Space {
         heads: args.heads.clone(),
@@ -240,7 +241,7 @@ pub fn run(args: &SearchArgs) -> Result<()> {
     make(&args.out)?;
     let states = args.data.states(&labelled, source, &reads, views, &interrupted)?;
     let (learn, check) = states.split_validation(args.recipe.validation, seed);
-    let recipe = args.recipe.settings(&deepest);
+    let settings = recipe.settings(&deepest);
 
     let mut found = Vec::new();
     for &(way, name) in ways {
@@ -248,6 +249,7 @@ pub fn run(args: &SearchArgs) -> Result<()> {
         make(&out)?;
         let mut trainer = Trainer {
             args,
+            recipe: &recipe,
             source,
             labels: &labels,
             states: &states,
@@ -256,11 +258,11 @@ pub fn run(args: &SearchArgs) -> Result<()> {
             dir: out.join("candidates"),
             interrupted: &interrupted,
         };
-        let settings = search::Settings {
+        let search = search::Settings {
             method: way,
             space: space.clone(),
             goal,
-            epochs: recipe.epochs,
+            epochs: settings.epochs,
             seed,
             fingerprint: format!(
                 "{} validation {} network {} gmacs {} recipe {:?}",
@@ -268,12 +270,12 @@ pub fn run(args: &SearchArgs) -> Result<()> {
                 args.recipe.validation,
                 args.network,
                 args.gmacs,
-                recipe
+                settings
             ),
             budget: args.budget,
         };
         let bar = Bar::new("search");
-        let mut search = Search::open(settings, &out.join(JOURNAL))?;
+        let mut search = Search::open(search, &out.join(JOURNAL))?;
         let outcome = search.run(&mut trainer, &interrupted, &mut |trial, status| {
             let again = if status.replayed {
                 " (from the journal)"
@@ -298,7 +300,7 @@ pub fn run(args: &SearchArgs) -> Result<()> {
         found.push(trainer.conclude(name, &out, outcome)?);
     }
     let comparison = match &found[..] {
-        [a, b] => search::compare(&goal, recipe.epochs, &a.trials, &b.trials).map(Compared::from),
+        [a, b] => search::compare(&goal, settings.epochs, &a.trials, &b.trials).map(Compared::from),
         _ => None,
     };
     let summary = Summary {
@@ -324,6 +326,7 @@ fn method(source: Source, c: &Candidate, labels: &[String]) -> Result<Method> {
 /// Trains and costs candidates.
 struct Trainer<'a> {
     args: &'a SearchArgs,
+    recipe: &'a Recipe,
     source: Source<'a>,
     labels: &'a [String],
     states: &'a States,
@@ -353,7 +356,7 @@ impl Trainer<'_> {
         work: impl FnOnce(&Task) -> veiltune_adapt::Result<T>,
     ) -> veiltune_adapt::Result<T> {
         let method = self.method(c)?;
-        let settings = self.args.recipe.settings(&method);
+        let settings = self.recipe.settings(&method);
         let norm = c.norm_name();
         let dir = self
             .dir

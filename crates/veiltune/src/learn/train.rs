@@ -55,7 +55,8 @@ pub struct TrainArgs {
 /// How to train.
 #[derive(Args, Clone, Debug)]
 pub struct Recipe {
-    /// Passes over the pictures or texts; 0: what training starts with is kept [default: 20; 60 for a head]
+    /// Passes over the pictures or texts; 0: what training starts with is kept [default: 20; 60 for a head; 0 in a
+    /// search]
     #[arg(long, value_name = "N")]
     pub epochs: Option<usize>,
     /// End after N epochs of which none is better on the validation pictures than the best before them [default: 3 for
@@ -76,7 +77,8 @@ pub struct Recipe {
     /// Probability with which a feature of what an adapter adds is left out in training [default: 0.1]
     #[arg(long, value_name = "P")]
     pub dropout: Option<f32>,
-    /// Views of each picture: the whole one, and N - 1 random crops, perhaps mirrored; epochs take turns [default: 2; texts have one]
+    /// Views of each picture: the whole one, and N - 1 random crops, perhaps mirrored; epochs take turns [default: 2; without
+    /// epochs 1; texts have one]
     #[arg(long, value_name = "N")]
     pub views: Option<usize>,
     /// Smallest share of a picture's area that a random crop shows; 1: only mirrored
@@ -128,7 +130,8 @@ impl Recipe {
             (Source::Texts(_), Some(_)) => {
                 return Err(Error::Input("a text has one view; leave --views out".into()));
             }
-            (_, views) => views.unwrap_or(2),
+            // A start is of whole pictures.
+            (_, views) => views.unwrap_or(if self.epochs == Some(0) { 1 } else { 2 }),
         };
         Ok(Views {
             count,
