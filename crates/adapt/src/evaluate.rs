@@ -251,6 +251,13 @@ pub(crate) struct Score {
     pub accuracy: f64,
 }
 
+/// Who watches a measurement and may end it.
+pub(crate) struct Watch<'a> {
+    /// Hears of so many pictures more.
+    pub seen: &'a mut dyn FnMut(usize),
+    pub interrupted: &'a AtomicBool,
+}
+
 /// A loaded model on view 0 of these pictures.
 pub(crate) fn float(
     private: &Private<Plain>,
@@ -259,9 +266,14 @@ pub(crate) fn float(
     reads: &[Read],
     workers: &Workers,
     batch: usize,
+    watch: Watch,
 ) -> Result<Score> {
     let batches: Vec<&[usize]> = which.chunks(batch).collect();
-    let scores = workers.map(&batches, |which| -> Result<(f64, u32)> {
+    let Watch { seen, interrupted } = watch;
+    let score = |which: &&[usize]| -> Result<(f64, u32)> {
+        if interrupted.load(Relaxed) {
+            return Err(Error::Interrupted);
+        }
         let logits = private
             .forward(&Plain::new(), &states.batch(0, which, reads)?)?
             .detach();
@@ -272,7 +284,8 @@ pub(crate) fn float(
             loss as f64 * which.len() as f64,
             right.to_dtype(DType::U32)?.sum_all()?.to_scalar()?,
         ))
-    });
+    };
+    let scores = workers.watched(&batches, score, |which| seen(which.len()));
     let (mut loss, mut right) = (0.0, 0);
     for score in scores {
         let (l, r) = score?;
@@ -284,6 +297,13 @@ pub(crate) fn float(
     })
 }
 
+/// Of each view, the pictures that ranges are calibrated on, `limit` in all.
+pub(crate) fn calibrated(pictures: Pictures, limit: usize) -> usize {
+    limit
+        .div_ceil(pictures.states.views())
+        .clamp(1, pictures.which.len())
+}
+
 /// What each calibrated verb sees on `limit` of the pictures, in all views.
 pub(crate) fn sites(
     private: &Private<Plain>,
@@ -291,10 +311,11 @@ pub(crate) fn sites(
     reads: &[Read],
     workers: &Workers,
     (batch, limit): (usize, usize),
-    interrupted: &AtomicBool,
+    watch: Watch,
 ) -> Result<Vec<Site>> {
     let (views, count) = (pictures.states.views(), pictures.which.len());
-    let each = limit.div_ceil(views).clamp(1, count);
+    let each = calibrated(pictures, limit);
+    let Watch { seen, interrupted } = watch;
     let mut batches = Vec::new();
     for view in 0..views {
         // Evenly spread, other ones in each view where not all are taken.
@@ -303,16 +324,16 @@ pub(crate) fn sites(
             .collect();
         batches.extend(which.chunks(batch).map(|w| (view, w.to_vec())));
     }
-    let seen = workers.map(&batches, |(view, which)| -> Result<Vec<Site>> {
+    let record = |(view, which): &(usize, Vec<usize>)| -> Result<Vec<Site>> {
         if interrupted.load(Relaxed) {
             return Err(Error::Interrupted);
         }
         let b = Plain::recording();
         private.forward(&b, &pictures.states.batch(*view, which, reads)?)?;
         Ok(b.sites())
-    });
+    };
     let mut all: Vec<Site> = Vec::new();
-    for sites in seen {
+    for sites in workers.watched(&batches, record, |(_, which)| seen(which.len())) {
         let sites = sites?;
         if all.is_empty() {
             all = sites;

@@ -176,6 +176,22 @@ pub struct Start {
     pub validation_accuracy: f64,
 }
 
+/// What is told of training as it goes on.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Event {
+    /// A step or an epoch.
+    Trained(Progress),
+    /// After training: of so many passes of a picture, which calibrate ranges and measure accuracies, so many are done.
+    Measured {
+        /// Done.
+        done: usize,
+        /// In all.
+        of: usize,
+        /// Seconds left at this pace.
+        seconds_left: f64,
+    },
+}
+
 /// How far training is; after each step, and after each epoch.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Progress {
@@ -254,11 +270,11 @@ pub struct Report {
 /// # Errors
 /// [`Error::Interrupted`] soon after `interrupted` is set; what the last whole epoch left is kept. [`Error::Diverged`] when the loss
 /// is no longer finite. [`Error::Settings`] if the folder has another run's state.
-pub fn train(task: &Task, progress: &mut dyn FnMut(Progress), interrupted: &AtomicBool) -> Result<Trained> {
+pub fn train(task: &Task, progress: &mut dyn FnMut(Event), interrupted: &AtomicBool) -> Result<Trained> {
     let workers = Workers::new(task.threads)?;
     let mut run = Run::start(task, &workers, interrupted)?;
     run.until(task.settings.epochs, progress, interrupted)?;
-    run.finish(interrupted)
+    run.finish(progress, interrupted)
 }
 
 /// As [`train`], but stops after `epochs` of all the epochs that the settings name, whose schedule it follows; a later call goes
@@ -266,7 +282,7 @@ pub fn train(task: &Task, progress: &mut dyn FnMut(Progress), interrupted: &Atom
 pub fn train_until(
     task: &Task,
     epochs: usize,
-    progress: &mut dyn FnMut(Progress),
+    progress: &mut dyn FnMut(Event),
     interrupted: &AtomicBool,
 ) -> Result<(Option<Start>, Vec<Epoch>)> {
     let workers = Workers::new(task.threads)?;
@@ -487,7 +503,7 @@ impl<'a> Run<'a> {
     fn until(
         &mut self,
         epochs: usize,
-        progress: &mut dyn FnMut(Progress),
+        progress: &mut dyn FnMut(Event),
         interrupted: &AtomicBool,
     ) -> Result<()> {
         while self.done.curve.len() < epochs && !self.is_out_of_patience() {
@@ -572,7 +588,7 @@ impl<'a> Run<'a> {
         }
         let found = self.ground(interrupted).start(task.method)?;
         self.model.set(found)?;
-        self.done.start = self.validate()?.map(|v| Start {
+        self.done.start = self.validate(interrupted)?.map(|v| Start {
             validation_loss: v.loss,
             validation_accuracy: v.accuracy,
         });
@@ -651,7 +667,7 @@ impl<'a> Run<'a> {
         self.task.train.which.len().div_ceil(self.task.settings.batch)
     }
 
-    fn epoch(&mut self, progress: &mut dyn FnMut(Progress), interrupted: &AtomicBool) -> Result<Epoch> {
+    fn epoch(&mut self, progress: &mut dyn FnMut(Event), interrupted: &AtomicBool) -> Result<Epoch> {
         let (task, settings) = (self.task, self.task.settings);
         let (epoch, states) = (self.done.curve.len(), task.train.states);
         let steps = self.per_epoch() * settings.epochs;
@@ -696,7 +712,7 @@ impl<'a> Run<'a> {
             self.step += 1;
             self.report(loss as f64, None, progress);
         }
-        let validation = self.validate()?;
+        let validation = self.validate(interrupted)?;
         Ok(Epoch {
             train_loss: loss_sum / order.len() as f64,
             train_accuracy: right as f64 / order.len() as f64,
@@ -707,7 +723,7 @@ impl<'a> Run<'a> {
     }
 
     /// How the validation pictures are classified now, if there are any.
-    fn validate(&self) -> Result<Option<evaluate::Score>> {
+    fn validate(&self, interrupted: &AtomicBool) -> Result<Option<evaluate::Score>> {
         let (pictures, shard) = (self.task.validation, self.task.settings.shard);
         if pictures.which.is_empty() {
             return Ok(None);
@@ -720,6 +736,10 @@ impl<'a> Run<'a> {
             reads,
             self.workers,
             shard,
+            evaluate::Watch {
+                seen: &mut |_| (),
+                interrupted,
+            },
         )
         .map(Some)
     }
@@ -728,12 +748,12 @@ impl<'a> Run<'a> {
         self.before.1 + self.began.elapsed().as_secs_f64()
     }
 
-    fn report(&self, loss: f64, ended: Option<Epoch>, progress: &mut dyn FnMut(Progress)) {
+    fn report(&self, loss: f64, ended: Option<Epoch>, progress: &mut dyn FnMut(Event)) {
         let (settings, count) = (self.task.settings, self.task.train.which.len());
         let steps = self.per_epoch() * settings.epochs;
         let pace = self.began.elapsed().as_secs_f64() / (self.step - self.before.0) as f64;
         let a_step = count as f64 / self.per_epoch() as f64;
-        progress(Progress {
+        progress(Event::Trained(Progress {
             step: self.step,
             steps,
             epoch: self.step.div_ceil(self.per_epoch()),
@@ -743,32 +763,55 @@ impl<'a> Run<'a> {
             seconds_left: (steps - self.step) as f64 * pace,
             ended,
             best: self.best(),
-        });
+        }));
     }
 
-    fn finish(self, interrupted: &AtomicBool) -> Result<Trained> {
+    fn finish(self, progress: &mut dyn FnMut(Event), interrupted: &AtomicBool) -> Result<Trained> {
         let (task, settings) = (self.task, self.task.settings);
         let tensors = self.kept;
         let plain = Plain::new();
         let model = fixed(&plain, task.method, &tensors, task.backbone)?;
         let (shard, states) = (settings.shard, task.train.states);
+        let calibrated = states.views() * evaluate::calibrated(task.train, settings.calibration);
+        let of = calibrated + task.train.which.len() + task.validation.which.len();
+        let (began, mut done) = (Instant::now(), 0);
+        let mut seen = |count| {
+            done += count;
+            let pace = began.elapsed().as_secs_f64() / done as f64;
+            let seconds_left = (of - done) as f64 * pace;
+            progress(Event::Measured {
+                done,
+                of,
+                seconds_left,
+            });
+        };
         let sites = evaluate::sites(
             &model,
             task.train,
             &self.reads,
             self.workers,
             (shard, settings.calibration),
-            interrupted,
+            evaluate::Watch {
+                seen: &mut seen,
+                interrupted,
+            },
         )?;
         let mut method = task.method.clone();
         method.calibrate(&sites, settings.margin)?;
         // Measured with the calibrated ranges: what is reported is what is handed over.
         let b = Plain::new();
         let model = fixed(&b, &method, &tensors, task.backbone)?;
-        let accuracy = |pictures: Pictures| match pictures.which {
+        let mut accuracy = |pictures: Pictures| match pictures.which {
             [] => Ok(None),
-            which => evaluate::float(&model, pictures.states, which, &self.reads, self.workers, shard)
-                .map(|score| Some(score.accuracy)),
+            which => {
+                let (states, reads) = (pictures.states, &self.reads);
+                let watch = evaluate::Watch {
+                    seen: &mut seen,
+                    interrupted,
+                };
+                evaluate::float(&model, states, which, reads, self.workers, shard, watch)
+                    .map(|score| Some(score.accuracy))
+            }
         };
         let (train, validation) = (accuracy(task.train)?, accuracy(task.validation)?);
         Ok(Trained {
@@ -916,20 +959,39 @@ mod tests {
             .collect()
     }
 
+    fn step(event: Event) -> Option<usize> {
+        match event {
+            Event::Trained(p) => Some(p.step),
+            Event::Measured { .. } => None,
+        }
+    }
+
     /// Learns, is calibrated, and is the same thing as it is served and in fixed point.
     fn learns(method: Method, settings: &Settings, least: f64) {
         let world = World::new();
         let states = world.states(&method);
         let task = world.task(&method, &states, settings);
         let mut epochs = Vec::new();
-        let mut last = 0;
-        let watch = &mut |p: Progress| {
+        let (mut last, mut measured) = (0, 0);
+        // Ranges on every view, then accuracies.
+        let passes = (states.views() + 1) * task.train.which.len() + task.validation.which.len();
+        let watch = &mut |event| {
+            let p = match event {
+                Event::Trained(p) => p,
+                Event::Measured { done, of, .. } => {
+                    assert!(measured < done && done <= of);
+                    measured = done;
+                    assert_eq!(of, passes);
+                    return;
+                }
+            };
             assert!(p.step >= last && p.step <= p.steps && p.per_second > 0.0);
             last = p.step;
             epochs.extend(p.ended);
         };
         let trained = train(&task, watch, &AtomicBool::new(false)).unwrap();
         assert_eq!(epochs, trained.report.curve);
+        assert_eq!(measured, passes);
         let (first, ended) = (epochs[0], epochs[epochs.len() - 1]);
         assert!(ended.train_loss < 0.8 * first.train_loss, "{first:?} {ended:?}");
         assert!(trained.report.train_accuracy >= least, "{:?}", trained.report);
@@ -1149,14 +1211,14 @@ mod tests {
             };
             // In the middle of the third epoch.
             let interrupted = AtomicBool::new(false);
-            let stop = &mut |p: Progress| interrupted.store(p.step >= 15, Relaxed);
+            let stop = &mut |event: Event| interrupted.store(step(event) >= Some(15), Relaxed);
             assert!(matches!(
                 train(&task, stop, &interrupted),
                 Err(Error::Interrupted)
             ));
             let mut first = None;
-            let watch = &mut |p: Progress| {
-                first.get_or_insert(p.step);
+            let watch = &mut |event: Event| {
+                first = first.or(step(event));
             };
             let resumed = train(&task, watch, &AtomicBool::new(false)).unwrap();
             assert_eq!(first, Some(13), "it goes on after two epochs of six steps");

@@ -46,6 +46,16 @@ impl Workers {
 
     /// `f` of each item, in the items' order; thread i takes the items i, i + count and so on.
     pub fn map<S: Sync, R: Send>(&self, items: &[S], f: impl Fn(&S) -> R + Sync) -> Vec<R> {
+        self.watched(items, f, |_| ())
+    }
+
+    /// As [`Workers::map`]; `seen` hears here of each item that is done.
+    pub fn watched<S: Sync, R: Send>(
+        &self,
+        items: &[S],
+        f: impl Fn(&S) -> R + Sync,
+        mut seen: impl FnMut(&S),
+    ) -> Vec<R> {
         let (count, f) = (self.count(), &f);
         let (send, receive) = std::sync::mpsc::channel();
         let work = move |worker| {
@@ -54,7 +64,8 @@ impl Workers {
             // The receiver outlives the threads.
             move || own.for_each(|(i, item)| send.send((i, f(item))).expect("somebody receives"))
         };
-        let mut results: Vec<(usize, R)> = self.run(work, || receive.iter().collect());
+        let done = |(i, _): &(usize, R)| seen(&items[*i]);
+        let mut results: Vec<(usize, R)> = self.run(work, || receive.iter().inspect(done).collect());
         results.sort_by_key(|(i, _)| *i);
         results.into_iter().map(|(_, r)| r).collect()
     }

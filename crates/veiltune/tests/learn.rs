@@ -334,6 +334,27 @@ mod interrupted {
             plan(&out.join("adapter"));
         }
 
+        // Without epochs starts are compared.
+        let mut command = world.command(
+            "search",
+            &[
+                "--heads", "1", "--ranks", "8,16", "--scopes", "1", "--budget", "2",
+            ],
+        );
+        command
+            .args(["--validation", "0.25", "--seconds", "1", "--out"])
+            .arg(world.at("starts"));
+        let starts = run(&mut command).json();
+        let trials = starts["found"][0]["trials"].as_array().unwrap();
+        assert_eq!(trials.len(), 2, "{starts}");
+        assert!(
+            trials
+                .iter()
+                .all(|t| t["epochs"] == 0 && number(&t["accuracy"]) > 0.25),
+            "{starts}"
+        );
+        plan(&world.at("starts/adapter"));
+
         // Latency, epochs and accuracy of each trial, and what was tried, but not how long it took.
         let course = |found: &Value| -> Vec<[Value; 4]> {
             let trials = found["trials"].as_array().unwrap();
@@ -538,7 +559,6 @@ fn what_makes_no_sense_is_refused_before_anything_is_done() {
             &["search space", "96", "--ranks"],
         ),
         (&["--seconds", "1", "--gmacs", "0"], &["--gmacs"]),
-        (&["--seconds", "1", "--epochs", "0"], &["--epochs", "at least 1"]),
     ] {
         let mut command = world.command("search", args);
         run(command.arg("--out").arg(world.at("none"))).explains(2, parts);

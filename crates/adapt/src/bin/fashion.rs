@@ -318,8 +318,10 @@ fn fit(
         threads: common.threads,
         dir: None,
     };
-    let watch = &mut |p: train::Progress| {
-        if p.ended.is_none() {
+    let watch = &mut |event| {
+        if let train::Event::Trained(p) = event
+            && p.ended.is_none()
+        {
             show(&bar, p.step, p.steps, p.loss as f32);
         }
     };

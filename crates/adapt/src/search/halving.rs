@@ -162,6 +162,10 @@ impl Strategy for Halving<'_> {
             };
             let (before, after) = self.by_latency.split_at(wanted);
             let first = after.iter().find(untrained).or(before.iter().rfind(untrained))?;
+            let costs = self.by_latency.iter().map(|&i| self.field.points[i].cost);
+            let mean = costs.sum::<f64>() / self.by_latency.len() as f64;
+            let first_ones = FIRST.min(self.by_latency.len()) - history.len();
+            self.left = first_ones as f64 * work(None, self.shortest()) as f64 * mean;
             return Some((self.field.points[*first].candidate, self.shortest()));
         }
         if history.is_empty() {

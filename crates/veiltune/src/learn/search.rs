@@ -10,7 +10,7 @@ use veiltune_adapt::cache::{Source, States};
 use veiltune_adapt::search::{
     self, Candidate, Comparison, Evaluate, Goal, Latencies, Outcome, Search, Space, Spent, Trial,
 };
-use veiltune_adapt::train::{Pictures, Task, best, train, train_until};
+use veiltune_adapt::train::{Event, Pictures, Task, best, train, train_until};
 use veiltune_hub::dataset::Split;
 use veiltune_nn::owc::Design;
 use veiltune_nn::{Method, OwcConfig};
@@ -440,7 +440,8 @@ impl Evaluate for Trainer<'_> {
         let bar = Bar::new("training");
         let name = c.to_string();
         self.with_task(c, |task| {
-            let show = &mut |p: veiltune_adapt::train::Progress| {
+            let show = &mut |event| {
+                let Event::Trained(p) = event else { return };
                 bar.at(
                     p.step,
                     p.steps,

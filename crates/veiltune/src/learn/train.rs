@@ -7,7 +7,7 @@ use serde::Serialize;
 use veiltune_adapt::cache::Source;
 use veiltune_adapt::evaluate::Arithmetic;
 use veiltune_adapt::train::{
-    CURVE_FILE, Epoch, Pictures, Report, STATE_FILE, Settings, Task, Trained, train,
+    CURVE_FILE, Epoch, Event, Pictures, Report, STATE_FILE, Settings, Task, Trained, train,
 };
 use veiltune_engine::Comparison;
 use veiltune_hub::AdapterConfig;
@@ -263,7 +263,18 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     }
     let trained = train(
         &task,
-        &mut |p| {
+        &mut |event| {
+            let p = match event {
+                Event::Trained(p) => p,
+                Event::Measured {
+                    done,
+                    of,
+                    seconds_left,
+                } => {
+                    let note = format!("calibrating and measuring  {}", left(seconds_left));
+                    return bar.at(done, of, &note);
+                }
+            };
             let (loss, left) = (p.loss, left(p.seconds_left));
             bar.at(
                 p.step,
