@@ -19,7 +19,7 @@ pub const KEPT: &str = "kept.";
 /// Says what there is to go on from.
 pub const STATE_FILE: &str = "training.json";
 
-/// State after some whole epochs; the parameters are beside it.
+/// State after the start, or some whole epochs; the parameters are beside it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Checkpoint {
     /// Of all that the run depends on.
@@ -96,7 +96,10 @@ pub fn write(dir: &Path, done: &Checkpoint, tensors: &Tensors) -> Result<()> {
     safetensors::write(&dir.join(&done.tensors), tensors, Precision::F32)?;
     files::write_json(&dir.join(STATE_FILE), &done)?;
     // Nothing refers to the one before any more.
-    let old = dir.join(name(epoch.saturating_sub(1)));
+    let Some(before) = epoch.checked_sub(1) else {
+        return Ok(());
+    };
+    let old = dir.join(name(before));
     match fs::remove_file(&old) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(&old)(e)),
         _ => Ok(()),

@@ -148,7 +148,7 @@ pub struct Task<'a> {
     pub settings: &'a Settings,
     /// Threads.
     pub threads: usize,
-    /// Where `curve.json`, `curve.svg` and, after each epoch, all that is needed to go on are written.
+    /// Where `curve.json`, `curve.svg` and, after the start and each epoch, all that is needed to go on are written.
     pub dir: Option<&'a Path>,
 }
 
@@ -575,24 +575,26 @@ impl<'a> Run<'a> {
             run.resume(done, &tensors)?;
         } else {
             run.warm_up(interrupted)?;
-            run.kept = run.model.tensors()?;
         }
         Ok(run)
     }
 
-    /// Begins with what a discriminant analysis finds.
+    /// Begins with what a discriminant analysis finds, and keeps that.
     fn warm_up(&mut self, interrupted: &AtomicBool) -> Result<()> {
         let task = self.task;
         if !has_start(task) {
+            self.kept = self.model.tensors()?;
             return Ok(());
         }
         let found = self.ground(interrupted).start(task.method)?;
         self.model.set(found)?;
-        self.done.start = self.validate(interrupted)?.map(|v| Start {
+        self.kept = self.model.tensors()?;
+        self.done.start = self.validate()?.map(|v| Start {
             validation_loss: v.loss,
             validation_accuracy: v.accuracy,
         });
-        Ok(())
+        self.done.seconds = self.seconds();
+        self.save()
     }
 
     fn ground<'b>(
@@ -660,7 +662,10 @@ impl<'a> Run<'a> {
             }
         }
         checkpoint::write(dir, &self.done, &tensors)?;
-        plot::write(dir, &self.done.curve)
+        match self.done.curve[..] {
+            [] => Ok(()),
+            _ => plot::write(dir, &self.done.curve),
+        }
     }
 
     fn per_epoch(&self) -> usize {
@@ -712,7 +717,7 @@ impl<'a> Run<'a> {
             self.step += 1;
             self.report(loss as f64, None, progress);
         }
-        let validation = self.validate(interrupted)?;
+        let validation = self.validate()?;
         Ok(Epoch {
             train_loss: loss_sum / order.len() as f64,
             train_accuracy: right as f64 / order.len() as f64,
@@ -722,8 +727,9 @@ impl<'a> Run<'a> {
         })
     }
 
-    /// How the validation pictures are classified now, if there are any.
-    fn validate(&self, interrupted: &AtomicBool) -> Result<Option<evaluate::Score>> {
+    /// How the validation pictures are classified now, if there are any. Not to be interrupted, which would lose the epoch
+    /// before it.
+    fn validate(&self) -> Result<Option<evaluate::Score>> {
         let (pictures, shard) = (self.task.validation, self.task.settings.shard);
         if pictures.which.is_empty() {
             return Ok(None);
@@ -738,7 +744,7 @@ impl<'a> Run<'a> {
             shard,
             evaluate::Watch {
                 seen: &mut |_| (),
-                interrupted,
+                interrupted: &AtomicBool::new(false),
             },
         )
         .map(Some)
@@ -1184,6 +1190,38 @@ mod tests {
         let patches = given[0].narrow(1, 1, 4).unwrap().affine(3.0, 1.0).unwrap();
         let other = Tensor::cat(&[class, patches], 1).unwrap();
         assert_eq!(logits(&given), logits(&[other, given[1].clone()]));
+    }
+
+    #[test]
+    fn a_start_is_kept_and_not_computed_again() {
+        let world = World::new();
+        let method = world.owc(1, NormChoice::Batch);
+        let states = world.states(&method);
+        for epochs in [0, 1] {
+            let settings = Settings {
+                warm: true,
+                epochs,
+                ..settings()
+            };
+            let task = world.task(&method, &states, &settings);
+            let whole = run(&task);
+            let dir = world.dir.path().join(format!("start-{epochs}"));
+            let task = Task {
+                dir: Some(&dir),
+                ..task
+            };
+            let until = |interrupted| train_until(&task, 0, &mut |_| (), &AtomicBool::new(interrupted));
+            assert!(matches!(until(true), Err(Error::Interrupted)));
+            let (start, _) = until(false).unwrap();
+            // An analysis would hear of the interruption.
+            assert_eq!(until(true).unwrap().0, start);
+            let trained = run(&task);
+            assert_eq!(
+                (trained.report.start, start),
+                (whole.report.start, whole.report.start)
+            );
+            assert!(trained.tensors == whole.tensors && trained.method == whole.method);
+        }
     }
 
     #[test]

@@ -57,14 +57,10 @@ pub struct SearchArgs {
     /// How to choose what is trained
     #[arg(long, value_enum, default_value = "halving", value_name = "HOW")]
     by: By,
-    /// Attention heads h to try; only those that divide the rank
-    #[arg(
-        long,
-        value_delimiter = ',',
-        default_value = "1,2,4,6,10,12",
-        value_name = "H,.."
-    )]
-    heads: Vec<usize>,
+    /// Attention heads h to try; only those that divide the rank [default: 1,2,4,6,10,12; without epochs 1, as what training
+    /// starts with is the same with any]
+    #[arg(long, value_delimiter = ',', value_name = "H,..")]
+    heads: Option<Vec<usize>>,
     /// Widths r to try; only those up to the backbone's width
     #[arg(
         long,
@@ -214,7 +210,11 @@ pub fn run(args: &SearchArgs) -> Result<()> {
     let views = recipe.views(source)?;
     let (layers, width) = (source.layers().unwrap_or(0), source.width());
     let space = Space {
-        heads: args.heads.clone(),
+        heads: match (&args.heads, recipe.epochs) {
+            (Some(heads), _) => heads.clone(),
+            (None, Some(0)) => vec![1],
+            (None, _) => Space::default().heads,
+        },
         ranks: args.ranks.clone(),
         scopes: args.scopes.clone(),
         norms: args.norms.iter().map(|n| n.choice()).collect(),
@@ -406,7 +406,13 @@ impl Trainer<'_> {
         }
         let adapter = match &outcome.best {
             Some(best) => {
-                let trained = self.with_task(best, |task| train(task, &mut |_| {}, self.interrupted))?;
+                let bar = Bar::new("adapter");
+                let show = &mut |event| {
+                    if let Event::Measured { done, of, .. } = event {
+                        bar.at(done, of, "calibrating and measuring");
+                    }
+                };
+                let trained = self.with_task(best, |task| train(task, show, self.interrupted))?;
                 let dir = out.join(ADAPTER);
                 let name = self.args.data.backbone_name();
                 write_adapter(&dir, &artefact(trained, self.source, name)?)?;
