@@ -207,6 +207,10 @@ impl Drop for FileSink {
     }
 }
 
+/// Bytes of a material file that are buffered: few, so that what a gate takes at a time, which is more, goes straight to where it
+/// is wanted.
+const READ_AHEAD: usize = 1 << 13;
+
 /// A material file being consumed. Opening it removes it: whatever happens to the run, it cannot be used twice.
 pub struct FileSource {
     input: BufReader<File>,
@@ -261,7 +265,7 @@ impl FileSource {
             return Err(damaged());
         }
         std::io::Seek::rewind(&mut file).map_err(io)?;
-        let mut input = BufReader::with_capacity(CHUNK, file);
+        let mut input = BufReader::with_capacity(READ_AHEAD, file);
         let mut header = [0; HEADER];
         input.read_exact(&mut header).map_err(io)?;
         if header[..16] != *MAGIC {

@@ -239,10 +239,21 @@ impl Online {
         if let (Owner::Public, Some(value)) = (x.0.meta.owner, &x.0.share) {
             return Ok(value.clone());
         }
-        let mut sum = self.share_or_zeros(x);
-        for part in [&cell.mask, &cell.peer].into_iter().flatten() {
-            sum.add_assign(part)?;
-        }
+        let mut parts = [self.share(x), cell.mask.clone(), cell.peer.clone()]
+            .into_iter()
+            .flatten();
+        let sum = match (parts.next(), parts.next()) {
+            (None, _) => Ring::zeros(x.0.meta.dims.clone()),
+            (Some(only), None) => only,
+            (Some(a), Some(b)) => {
+                // A new tensor at once: adding in place would copy the share first.
+                let mut sum = a.add(&b)?;
+                if let Some(c) = parts.next() {
+                    sum.add_assign(&c)?;
+                }
+                sum
+            }
+        };
         Ok(cell.masked.get_or_init(|| sum).clone())
     }
 
@@ -293,13 +304,15 @@ impl Online {
     fn send_piece(&self, x: &Share) -> Result<()> {
         let (mask, share, meta) = (self.mask(x), self.share(x), &x.0.meta);
         self.send_words(meta.bits(), meta.len(), |start, out| {
-            for part in [&share, &mask].into_iter().flatten() {
-                let part = &part.as_slice()[start..start + out.len()];
-                out.iter_mut()
-                    .zip(part)
-                    .for_each(|(o, p)| *o = o.wrapping_add(*p));
+            let [share, mask] = [&share, &mask].map(|r| r.as_ref().map(|r| &r.as_slice()[start..]));
+            let all = out.iter_mut();
+            match (share, mask) {
+                (Some(x), Some(r)) => all
+                    .zip(x.iter().zip(r))
+                    .for_each(|(o, (x, r))| *o = x.wrapping_add(*r) >> meta.zeros),
+                (Some(x), None) | (None, Some(x)) => all.zip(x).for_each(|(o, x)| *o = x >> meta.zeros),
+                (None, None) => out.fill(0),
             }
-            out.iter_mut().for_each(|o| *o >>= meta.zeros);
         })
     }
 
@@ -349,10 +362,9 @@ impl Online {
         len: usize,
     ) -> Result<Option<Vec<u64>>> {
         let out = if from == self.party {
-            self.send_words(64, len, |start, out| {
-                if let Some(w) = words {
-                    out.copy_from_slice(&w.as_slice()[start..start + out.len()]);
-                }
+            self.send_words(64, len, |start, out| match words {
+                Some(w) => out.copy_from_slice(&w.as_slice()[start..start + out.len()]),
+                None => out.fill(0),
             })?;
             None
         } else {
@@ -406,11 +418,11 @@ impl Online {
         id
     }
 
+    /// `fill` writes all of a piece, from the given word on.
     fn send_words(&self, bits: u32, len: usize, fill: impl Fn(usize, &mut [u64])) -> Result<()> {
         let mut words = vec![0; len.min(CHUNK)];
         for start in (0..len).step_by(CHUNK) {
             let piece = &mut words[..CHUNK.min(len - start)];
-            piece.fill(0);
             fill(start, piece);
             self.link.send(pack::pack(piece, bits))?;
         }

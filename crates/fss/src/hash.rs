@@ -179,23 +179,17 @@ mod vaes {
     use crate::Block;
     use std::arch::x86_64::*;
     use std::sync::LazyLock;
+    use veiltune_ring::vaes::{FLIGHT, RoundKeys, WIDTH, encrypt};
 
     /// AES on 512-bit registers, with its round keys. A value of this type is the proof that the machine has it.
     #[derive(Clone, Copy)]
-    pub(crate) struct Vaes(&'static [__m128i; 11]);
+    pub(crate) struct Vaes(&'static RoundKeys);
 
     impl Vaes {
         pub(crate) fn detect() -> Option<Self> {
-            let found = is_x86_feature_detected!("avx512f")
-                && is_x86_feature_detected!("avx512dq")
-                && is_x86_feature_detected!("avx512bw")
-                && is_x86_feature_detected!("avx512vl")
-                && is_x86_feature_detected!("bmi2")
-                && is_x86_feature_detected!("aes")
-                && is_x86_feature_detected!("vaes");
-            // SAFETY: expanding the key needs `aes`, which was found.
-            static KEYS: LazyLock<[__m128i; 11]> = LazyLock::new(|| unsafe { expand_key() });
-            found.then(|| Self(&KEYS))
+            static KEYS: LazyLock<Option<RoundKeys>> = LazyLock::new(|| RoundKeys::expand(&KEY));
+            let keys = KEYS.as_ref()?;
+            is_x86_feature_detected!("bmi2").then_some(Self(keys))
         }
     }
 
@@ -265,10 +259,6 @@ mod vaes {
         }
     }
 
-    /// Blocks of a register.
-    const WIDTH: usize = 4;
-    /// Registers in flight: with the eleven round keys they leave room for the rest.
-    const FLIGHT: usize = 8;
     /// Blocks in flight.
     const BLOCKS: usize = WIDTH * FLIGHT;
 
@@ -279,8 +269,8 @@ mod vaes {
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl,bmi2,aes,vaes")]
-    fn hash(keys: &[__m128i; 11], x: &mut Lanes) {
-        let keys = broadcast(keys);
+    fn hash(keys: &RoundKeys, x: &mut Lanes) {
+        let keys = keys.broadcast();
         for x in x.0.as_chunks_mut().0 {
             let h = hash_registers(&keys, load(x));
             store(x, h);
@@ -289,8 +279,8 @@ mod vaes {
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl,bmi2,aes,vaes")]
-    fn descend(keys: &[__m128i; 11], s: &mut Lanes, right: u64, cw: &Lanes) -> u64 {
-        let keys = broadcast(keys);
+    fn descend(keys: &RoundKeys, s: &mut Lanes, right: u64, cw: &Lanes) -> u64 {
+        let keys = keys.broadcast();
         let mut t = 0;
         for (part, (s, cw)) in
             s.0.as_chunks_mut()
@@ -315,8 +305,8 @@ mod vaes {
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl,bmi2,aes,vaes")]
-    fn deal(keys: &[__m128i; 11], s: &mut Lanes, delta: &Lanes, right: u64) -> Lanes {
-        let keys = broadcast(keys);
+    fn deal(keys: &RoundKeys, s: &mut Lanes, delta: &Lanes, right: u64) -> Lanes {
+        let keys = keys.broadcast();
         let mut out = Lanes::ZERO;
         let parts =
             s.0.as_chunks_mut()
@@ -347,13 +337,8 @@ mod vaes {
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl,bmi2,aes,vaes")]
-    fn expand(
-        keys: &[__m128i; 11],
-        cw: Block,
-        seeds: &[[Block; BLOCKS]],
-        children: &mut [[[Block; BLOCKS]; 2]],
-    ) {
-        let keys = broadcast(keys);
+    fn expand(keys: &RoundKeys, cw: Block, seeds: &[[Block; BLOCKS]], children: &mut [[[Block; BLOCKS]; 2]]) {
+        let keys = keys.broadcast();
         let cw = _mm512_broadcast_i32x4(block(cw));
         let lower = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0);
         let upper = _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4);
@@ -375,13 +360,13 @@ mod vaes {
     #[inline]
     #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl,bmi2,aes,vaes")]
     fn leaves(
-        keys: &[__m128i; 11],
+        keys: &RoundKeys,
         tweak: Block,
         cw: Block,
         seeds: &[[Block; BLOCKS]],
         elements: &mut [[u64; 2 * BLOCKS]],
     ) {
-        let keys = broadcast(keys);
+        let keys = keys.broadcast();
         let (tweak, cw) = (
             _mm512_broadcast_i32x4(block(tweak)),
             _mm512_broadcast_i32x4(block(cw)),
@@ -410,54 +395,11 @@ mod vaes {
             *x = _mm512_mask_xor_epi64(swapped, 0xaa, swapped, *x);
         }
         let sigma = x;
-        for x in &mut x {
-            *x = _mm512_xor_si512(*x, keys[0]);
-        }
-        for key in &keys[1..10] {
-            for x in &mut x {
-                *x = _mm512_aesenc_epi128(*x, *key);
-            }
-        }
+        let mut x = encrypt(keys, sigma);
         for (x, sigma) in x.iter_mut().zip(sigma) {
-            *x = _mm512_xor_si512(_mm512_aesenclast_epi128(*x, keys[10]), sigma);
+            *x = _mm512_xor_si512(*x, sigma);
         }
         x
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl,bmi2,aes,vaes")]
-    fn broadcast(keys: &[__m128i; 11]) -> [__m512i; 11] {
-        let mut wide = [_mm512_setzero_si512(); 11];
-        for (wide, key) in wide.iter_mut().zip(keys) {
-            *wide = _mm512_broadcast_i32x4(*key);
-        }
-        wide
-    }
-
-    /// The key schedule of AES-128 (FIPS 197, section 5.2).
-    #[target_feature(enable = "aes")]
-    fn expand_key() -> [__m128i; 11] {
-        #[inline]
-        #[target_feature(enable = "aes")]
-        fn next<const RCON: i32>(key: __m128i) -> __m128i {
-            let word = _mm_shuffle_epi32::<0xff>(_mm_aeskeygenassist_si128::<RCON>(key));
-            let key = _mm_xor_si128(key, _mm_slli_si128::<4>(key));
-            let key = _mm_xor_si128(key, _mm_slli_si128::<8>(key));
-            _mm_xor_si128(key, word)
-        }
-        let k = u128::from_le_bytes(KEY);
-        let k0 = _mm_set_epi64x((k >> 64) as i64, k as i64);
-        let k1 = next::<0x01>(k0);
-        let k2 = next::<0x02>(k1);
-        let k3 = next::<0x04>(k2);
-        let k4 = next::<0x08>(k3);
-        let k5 = next::<0x10>(k4);
-        let k6 = next::<0x20>(k5);
-        let k7 = next::<0x40>(k6);
-        let k8 = next::<0x80>(k7);
-        let k9 = next::<0x1b>(k8);
-        let k10 = next::<0x36>(k9);
-        [k0, k1, k2, k3, k4, k5, k6, k7, k8, k9, k10]
     }
 
     #[inline]

@@ -19,6 +19,8 @@ pub mod select;
 mod shape;
 mod simd;
 mod tensor;
+#[cfg(target_arch = "x86_64")]
+pub mod vaes;
 
 pub use error::Error;
 pub use gemm::Packed;

@@ -148,13 +148,27 @@ impl Ring {
     /// # Errors
     /// [`Error::Shape`] otherwise.
     pub fn add_assign(&mut self, other: &Ring) -> Result<(), Error> {
+        self.fold(other, "add_assign", u64::wrapping_add)
+    }
+
+    /// Subtracts `other` in place; it may broadcast to this tensor's shape, but not stretch it.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] otherwise.
+    pub fn sub_assign(&mut self, other: &Ring) -> Result<(), Error> {
+        self.fold(other, "sub_assign", u64::wrapping_sub)
+    }
+
+    /// Replaces every element by `f` of it and that of `other`.
+    fn fold(
+        &mut self,
+        other: &Ring,
+        op: &'static str,
+        f: impl Fn(u64, u64) -> u64 + Sync,
+    ) -> Result<(), Error> {
         if broadcast_shape(&self.dims, &other.dims).ok().as_ref() != Some(&self.dims) {
             let (left, right) = (self.dims.clone(), other.dims.clone());
-            return Err(Error::Shape {
-                op: "add_assign",
-                left,
-                right,
-            });
+            return Err(Error::Shape { op, left, right });
         }
         let walk = Walk::new(&self.dims, [&broadcast_strides(&other.dims, &self.dims)]);
         let (cols, stride) = (
@@ -166,8 +180,8 @@ impl Ring {
             each_row(first, piece, cols, |row, col, out| {
                 let [at] = walk.offsets(row);
                 match stride {
-                    0 => add_one_to(out, y[at]),
-                    _ => add_to(out, &y[at + col..]),
+                    0 => fold_one_to(out, y[at], &f),
+                    _ => fold_to(out, &y[at + col..], &f),
                 }
             });
         });
@@ -266,14 +280,14 @@ vectorised! {
 }
 
 vectorised! {
-    fn add_to(out: &mut [u64], x: &[u64]) {
-        out.iter_mut().zip(x).for_each(|(o, &x)| *o = o.wrapping_add(x));
+    fn fold_to[F: Fn(u64, u64) -> u64](out: &mut [u64], x: &[u64], f: F) {
+        out.iter_mut().zip(x).for_each(|(o, &x)| *o = f(*o, x));
     }
 }
 
 vectorised! {
-    fn add_one_to(out: &mut [u64], x: u64) {
-        out.iter_mut().for_each(|o| *o = o.wrapping_add(x));
+    fn fold_one_to[F: Fn(u64, u64) -> u64](out: &mut [u64], x: u64, f: F) {
+        out.iter_mut().for_each(|o| *o = f(*o, x));
     }
 }
 
@@ -468,7 +482,7 @@ impl Ring {
             } else {
                 block
                     .chunks_exact(inner)
-                    .for_each(|line| add_to(out, &line[col..]));
+                    .for_each(|line| fold_to(out, &line[col..], u64::wrapping_add));
             }
         }))
     }

@@ -87,8 +87,11 @@ proptest! {
         assert_same(&c, &naive(&dims, |i| at(&a, i)));
         c.add_assign(&b).unwrap();
         assert_same(&c, &a.add(&b).unwrap());
+        c.sub_assign(&b).unwrap();
+        assert_same(&c, &naive(&dims, |i| at(&a, i)));
         if a.dims() != dims {
             prop_assert!(a.clone().add_assign(&b).is_err());
+            prop_assert!(a.clone().sub_assign(&b).is_err());
         }
     }
 

@@ -459,7 +459,7 @@ fn multiply(
             if let Some(from_end) = summed {
                 term = term.sum(rank - from_end)?.reshape(meta.dims.clone())?;
             }
-            out = out.sub(&term)?;
+            out.sub_assign(&term)?;
         }
     }
     Ok(out)

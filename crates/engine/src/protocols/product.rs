@@ -153,16 +153,17 @@ pub(crate) fn online(p: &Online, kind: Product, a: &Share, b: &Share) -> Result<
             let (_, mut material) = p.gate()?;
             let mut share = Ring::new(meta.dims.clone(), take(&mut material.words)?)?;
             if p.party() == owner {
-                let mut sum = p.peer_piece(x).ok_or_else(unopened)?;
-                if let Some(own) = p.share(x) {
-                    sum.add_assign(&own)?;
-                }
+                let piece = p.peer_piece(x).ok_or_else(unopened)?;
+                let sum = match p.share(x) {
+                    Some(own) => piece.add(&own)?,
+                    None => piece,
+                };
                 let w = p.known(w).ok_or_else(unopened)?;
                 share.add_assign(&oriented(kind, &sum, &w, right)?)?;
             } else if !p.is_parameter(w) {
                 let masked = p.peer_piece(w).ok_or_else(unopened)?;
                 let r = p.mask(x).ok_or_else(unopened)?;
-                share = share.sub(&oriented(kind, &r, &masked, right)?)?;
+                share.sub_assign(&oriented(kind, &r, &masked, right)?)?;
             }
             Ok(p.tensor(meta, Some(share)))
         }
@@ -175,7 +176,7 @@ pub(crate) fn online(p: &Online, kind: Product, a: &Share, b: &Share) -> Result<
             let left = if p.is_first() { y.sub(&q)? } else { q.neg() };
             share.add_assign(&kind.apply(&x, &left)?)?;
             if !p.is_parameter(b) {
-                share = share.sub(&kind.apply(&r, &y)?)?;
+                share.sub_assign(&kind.apply(&r, &y)?)?;
             }
             Ok(p.tensor(meta, Some(share)))
         }
