@@ -35,7 +35,7 @@ impl RoundKeys {
     /// Every key in all of a register.
     ///
     /// # Safety
-    /// None needed: what the processor must have was found when `self` was made.
+    /// The processor must have what this is compiled for; it has, for that was found when `self` was made.
     #[inline]
     #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl,aes,vaes")]
     pub fn broadcast(&self) -> [__m512i; 11] {
@@ -62,7 +62,7 @@ impl fmt::Debug for RoundKeys {
 /// Encrypts blocks, by the keys that [`RoundKeys::broadcast`] gives.
 ///
 /// # Safety
-/// None needed with such keys: they exist only where the processor has these instructions.
+/// The processor must have what this is compiled for; it has where such keys were made.
 #[inline]
 #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl,aes,vaes")]
 pub fn encrypt(keys: &[__m512i; 11], mut x: [__m512i; FLIGHT]) -> [__m512i; FLIGHT] {
@@ -96,8 +96,8 @@ fn count(keys: &RoundKeys, high: u64, low: u64, blocks: &mut [Block]) {
         0x0001020304050607,
     );
     let step = _mm512_set_epi64(4, 0, 4, 0, 4, 0, 4, 0);
-    let three = _mm512_set_epi64(3, 0, 2, 0, 1, 0, 0, 0);
-    let mut counter = _mm512_add_epi64(_mm512_set_epi64(l, h, l, h, l, h, l, h), three);
+    let lanes = _mm512_set_epi64(3, 0, 2, 0, 1, 0, 0, 0);
+    let mut counter = _mm512_add_epi64(_mm512_set_epi64(l, h, l, h, l, h, l, h), lanes);
     let mut next = || {
         let mut x = [counter; FLIGHT];
         for x in &mut x {
