@@ -14,7 +14,7 @@ use veiltune_ring::{Ring, codec};
 
 use crate::gates::{self, Gates, Local, Meta, Product, SCALE};
 use crate::offline::low_bits;
-use crate::opening::{BOTH, GateId, Learners, Opening, PARAMETER_GATES, holds};
+use crate::opening::{BOTH, Carry, GateId, Learners, Opening, PARAMETER_GATES, holds};
 use crate::protocols::{
     self,
     carried::{self, Traced},
@@ -46,6 +46,8 @@ struct Inner {
     cell: RefCell<(Opening, Option<Ring>)>,
     /// Of a value that is known up to dealt values; see [`carried`].
     carried: Option<Rc<Traced>>,
+    /// Of a truncated value that was not opened: what was dealt, and the rest of its mask.
+    cut: Option<(Ring, Carry)>,
 }
 
 impl Fixed {
@@ -82,10 +84,21 @@ impl Fixed {
 
     /// A new tensor that is known up to dealt values, if `carried`.
     pub(crate) fn carrying(&self, meta: Meta, value: Ring, carried: Option<Traced>) -> FixedTensor {
-        self.with_carried(meta, value, carried.map(Rc::new))
+        self.make(meta, value, carried.map(Rc::new), None)
     }
 
-    fn with_carried(&self, meta: Meta, value: Ring, carried: Option<Rc<Traced>>) -> FixedTensor {
+    /// A new tensor that is public but for a carry and `dealt`; see [`truncate`](crate::protocols::truncate).
+    pub(crate) fn truncated(&self, meta: Meta, value: Ring, dealt: Ring, left: Carry) -> FixedTensor {
+        self.make(meta, value, None, Some((dealt, left)))
+    }
+
+    fn make(
+        &self,
+        meta: Meta,
+        value: Ring,
+        carried: Option<Rc<Traced>>,
+        cut: Option<(Ring, Carry)>,
+    ) -> FixedTensor {
         debug_assert!(gates::are_multiples(&value, meta.zeros));
         let opening = Opening::new(meta.owner);
         FixedTensor(Rc::new(Inner {
@@ -93,6 +106,7 @@ impl Fixed {
             value,
             cell: RefCell::new((opening, None)),
             carried,
+            cut,
         }))
     }
 
@@ -135,6 +149,15 @@ impl Fixed {
         let mut cell = x.0.cell.borrow_mut();
         if cell.0.request(learners, fresh).1 {
             let id = cell.0.id.expect("set by request");
+            if let Some((dealt, left)) = &x.0.cut {
+                let mut mask = dealt.clone();
+                let fresh = self.small_mask(id, 0, dealt.len(), left.bits);
+                for (m, s) in mask.make_mut().iter_mut().zip(fresh) {
+                    *m = m.wrapping_add(s << left.zeros());
+                }
+                cell.1 = Some(mask);
+                return Ok(());
+            }
             let mut mask = Ring::zeros(x.0.meta.dims.clone());
             for i in 0..2 {
                 if holds(x.0.meta.owner, i) {
@@ -218,8 +241,13 @@ impl Gates for Fixed {
     fn local(&self, x: &FixedTensor, map: &Local) -> Result<FixedTensor> {
         // The same ring elements are known in the same way.
         let carried = x.0.carried.clone().filter(|_| matches!(map, Local::Relabel(_)));
-        let out = self.with_carried(map.meta(&x.0.meta)?, map.apply(&x.0.value)?, carried);
         let from = x.0.cell.borrow();
+        let cut = match (&x.0.cut, from.0.id) {
+            (Some((dealt, left)), None) => left.after(map).map(|left| Ok((map.apply(dealt)?, left))),
+            _ => None,
+        };
+        let cut: Option<(Ring, Carry)> = cut.transpose().map_err(|e: Error| e)?;
+        let out = self.make(map.meta(&x.0.meta)?, map.apply(&x.0.value)?, carried, cut);
         if from.0.id.is_some() {
             let mask = from.1.as_ref().map(|m| map.apply(m)).transpose()?;
             *out.0.cell.borrow_mut() = (from.0.clone(), mask);

@@ -19,7 +19,7 @@ use veiltune_wire::pack;
 use crate::cost::{GATES, Memory, Operation, Tally};
 use crate::gates::{self, Gates, Local, Meta, Product, SCALE};
 use crate::material::{Dealt, Material, ParameterStore, Queue, Sink, Source};
-use crate::opening::{BOTH, GateId, Learners, Opening, PARAMETER_GATES, holds};
+use crate::opening::{BOTH, Carry, GateId, Learners, Opening, PARAMETER_GATES, holds};
 use crate::protocols::{
     self,
     carried::{self, OffCarried},
@@ -149,6 +149,36 @@ struct MaskCell {
     is_parameter: bool,
     /// Of a truncated value, or a sum of such.
     carried: Option<Rc<OffCarried>>,
+    /// Of a truncated value.
+    cut: Option<OffCut>,
+}
+
+/// How a [truncated](crate::protocols::truncate) value is masked when it is opened.
+#[derive(Clone)]
+pub(crate) struct OffCut {
+    pub left: Carry,
+    /// By how much the value was multiplied since, as a shift.
+    pub shift: u32,
+    /// What was dealt, and the first party's share of it: under which stream, of how many bits and with how many zeros.
+    pub stream: (GateId, u16),
+    pub bits: u32,
+    /// What was dealt at the dealer, a party's share of it there.
+    pub dealt: Option<Ring>,
+}
+
+impl OffCut {
+    fn after(&self, map: &Local) -> Result<Option<OffCut>> {
+        let Some(left) = self.left.after(map) else {
+            return Ok(None);
+        };
+        let mut out = self.clone();
+        out.left = left;
+        match map {
+            Local::Refine(more) => out.shift += more,
+            _ => out.dealt = out.dealt.map(|d| map.apply(&d)).transpose()?,
+        }
+        Ok(Some(out))
+    }
 }
 
 impl Offline {
@@ -276,6 +306,7 @@ impl Offline {
             masked: None,
             is_parameter: false,
             carried: None,
+            cut: None,
         };
         let x = OffTensor(Rc::new(Inner {
             meta,
@@ -376,6 +407,20 @@ impl Offline {
         x
     }
 
+    /// A new tensor that is public but for a carry and what was dealt.
+    pub(crate) fn truncated(&self, meta: Meta, cut: OffCut) -> OffTensor {
+        let x = self.tensor(meta);
+        self.hold_cut(&x);
+        x.0.cell.borrow_mut().cut = Some(cut);
+        x
+    }
+
+    /// `x` is known but for a carry: each party keeps what is public and its share of the carry, and before that what was dealt.
+    fn hold_cut(&self, x: &OffTensor) {
+        let size = 8 * x.0.meta.len() as u64;
+        self.live.hold(&x.0, [[2 * size; 2], [size; 2]]);
+    }
+
     /// Requests openings, all in one round.
     pub(crate) fn open_for(&self, requests: &[(&OffTensor, Learners)]) {
         let mut bytes = [0; 2];
@@ -385,7 +430,8 @@ impl Offline {
                 self.next_gate.set(id + 1);
                 id
             });
-            let size = pack::packed_len(x.0.meta.len(), x.0.meta.bits()) as u64;
+            let bits = x.0.cell.borrow().cut.as_ref().map(|cut| cut.left.bits);
+            let size = pack::packed_len(x.0.meta.len(), bits.unwrap_or(x.0.meta.bits())) as u64;
             for i in 0..2 {
                 bytes[i] += if sends[i] { size } else { 0 };
             }
@@ -400,9 +446,42 @@ impl Offline {
         if first {
             let id = cell.opening.id.expect("set by request");
             self.claim((id, 0));
-            cell.mask = [0, 1].map(|i| self.draw(id, &x.0.meta, i));
+            cell.mask = match &cell.cut {
+                Some(cut) => self.draw_for_carry(id, cut),
+                None => [0, 1].map(|i| self.draw(id, &x.0.meta, i)),
+            };
         }
         sends
+    }
+
+    /// Masks of a truncated value, where this role knows them: what was dealt, and in front of it a fresh mask of the carry.
+    fn draw_for_carry(&self, id: GateId, cut: &OffCut) -> [Option<Ring>; 2] {
+        let Some(dealt) = &cut.dealt else {
+            return [None, None];
+        };
+        // The first party's share of what was dealt, and the second's at the dealer, who knows both.
+        let mut parts = [0, 1].map(|i| self.seed_of(i).map(|_| dealt.clone()));
+        if let [Some(first), Some(second)] = &mut parts {
+            let (gate, slot) = cut.stream;
+            let seed = self.seed_of(0).expect("the dealer has both");
+            let zeros = u64::BITS - cut.bits;
+            let mut stream = Prg::new(seed, gate, slot).bits(dealt.len(), cut.bits);
+            stream.iter_mut().for_each(|v| *v <<= zeros);
+            for ((a, b), s) in first.make_mut().iter_mut().zip(second.make_mut()).zip(stream) {
+                *a = s;
+                *b = b.wrapping_sub(s);
+            }
+        }
+        let [first, second] = parts;
+        let mask = |i: usize, part: Option<Ring>| {
+            let (mut mask, seed) = (part?, self.seed_of(i)?);
+            let fresh = Prg::new(seed, id, 0).bits(mask.len(), cut.left.bits);
+            for (m, s) in mask.make_mut().iter_mut().zip(fresh) {
+                *m = (*m << cut.shift).wrapping_add(s << cut.left.zeros());
+            }
+            Some(mask)
+        };
+        [mask(0, first), mask(1, second)]
     }
 
     fn seed_of(&self, i: usize) -> Option<&Seed> {
@@ -511,20 +590,6 @@ impl Offline {
             words.iter_mut().for_each(|w| *w <<= meta.zeros);
             words
         }))
-    }
-
-    /// As [`Offline::correlate_as`], straight into the gate's material.
-    pub(crate) fn deal_as(
-        &self,
-        operation: Operation,
-        stream: (GateId, u16),
-        meta: &Meta,
-        values: impl FnOnce() -> Result<Vec<u64>>,
-    ) -> Result<()> {
-        if let Some(words) = self.correlate_as(operation, stream, meta, values)? {
-            self.put(words);
-        }
-        Ok(())
     }
 
     /// Deals shares by xor of `words` words of bits, straight into the gate's material.
@@ -794,6 +859,13 @@ impl Gates for Offline {
         if let Local::Relabel(_) = map {
             // The same ring elements are known in the same way.
             out.0.cell.borrow_mut().carried = from.carried.clone();
+        }
+        if let (Some(cut), None) = (&from.cut, from.opening.id) {
+            let cut = cut.after(map)?;
+            if cut.is_some() {
+                self.hold_cut(&out);
+            }
+            out.0.cell.borrow_mut().cut = cut;
         }
         if from.opening.id.is_some() {
             let mut cell = out.0.cell.borrow_mut();

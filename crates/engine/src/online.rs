@@ -11,7 +11,7 @@ use veiltune_wire::{Link, pack};
 use crate::gates::{self, Gates, Local, Meta, Product, SCALE};
 use crate::material::{Material, ParameterStore};
 use crate::offline::low_bits;
-use crate::opening::{BOTH, GateId, Learners, Opening, PARAMETER_GATES, holds};
+use crate::opening::{BOTH, Carry, GateId, Learners, Opening, PARAMETER_GATES, holds};
 use crate::outside::Outside;
 use crate::protocols::{
     self,
@@ -65,6 +65,30 @@ struct OpenCell {
     is_parameter: bool,
     /// Of a truncated value, or a sum of such.
     carried: Option<Rc<Carried>>,
+    /// Of a truncated value: what its opening need not say again.
+    cut: Option<Rc<Cut>>,
+}
+
+/// Of a [truncated](crate::protocols::truncate) value: what is public of it, and this party's share of the carry.
+pub(crate) struct Cut {
+    pub public: Ring,
+    pub carry: Ring,
+    pub left: Carry,
+}
+
+impl Cut {
+    fn after(&self, map: &Local) -> Result<Option<Rc<Cut>>> {
+        let Some(left) = self.left.after(map) else {
+            return Ok(None);
+        };
+        let carry = match map {
+            // Modulo fewer bits, but the same number.
+            Local::Refine(_) => self.carry.clone(),
+            _ => map.apply(&self.carry)?,
+        };
+        let public = map.apply(&self.public)?;
+        Ok(Some(Rc::new(Cut { public, carry, left })))
+    }
 }
 
 impl std::fmt::Debug for Share {
@@ -144,6 +168,7 @@ impl Online {
             masked: OnceCell::new(),
             is_parameter: false,
             carried: None,
+            cut: None,
         };
         Share(Rc::new(Inner {
             meta,
@@ -161,6 +186,13 @@ impl Online {
     pub(crate) fn carrying(&self, meta: Meta, share: Ring, carried: Carried) -> Share {
         let x = self.tensor(meta, Some(share));
         x.0.cell.borrow_mut().carried = Some(Rc::new(carried));
+        x
+    }
+
+    /// A new tensor that is public but for a carry and what was dealt.
+    pub(crate) fn truncated(&self, meta: Meta, share: Ring, cut: Cut) -> Share {
+        let x = self.tensor(meta, Some(share));
+        x.0.cell.borrow_mut().cut = Some(Rc::new(cut));
         x
     }
 
@@ -295,34 +327,74 @@ impl Online {
         let (sends, first) = cell.opening.request(learners, fresh);
         if first && holds(x.0.meta.owner, self.party.index()) {
             let id = cell.opening.id.expect("set by request");
-            cell.mask = Some(self.draw(id, &x.0.meta));
+            cell.mask = Some(match &cell.cut {
+                Some(cut) => self.draw_for_carry(id, cut, x.0.share.as_ref()),
+                None => self.draw(id, &x.0.meta),
+            });
         }
         sends
     }
 
+    /// Of a truncated value, the share of what was dealt, and in front of it a fresh mask of the carry. The share of the value says
+    /// what was dealt: see [`truncate`](crate::protocols::truncate).
+    fn draw_for_carry(&self, id: GateId, cut: &Cut, share: Option<&Ring>) -> Ring {
+        let fresh = Prg::new(&self.seed, id, 0).bits(cut.carry.len(), cut.left.bits);
+        let mut mask = cut.carry.clone();
+        for (m, s) in mask.make_mut().iter_mut().zip(fresh) {
+            *m = m.wrapping_add(s) << cut.left.zeros();
+        }
+        if let Some(share) = share {
+            mask.sub_assign(share)
+                .expect("a share has the shape of its carries");
+        }
+        if self.is_first() {
+            mask.add_assign(&cut.public).expect("and of what is public");
+        }
+        mask
+    }
+
+    /// How an opening of `x` travels: bits below which its pieces say nothing, and what they are above.
+    fn travels(&self, x: &Share) -> (u32, Option<Ring>) {
+        match &x.0.cell.borrow().cut {
+            Some(cut) => (cut.left.zeros(), Some(cut.public.clone())),
+            None => (x.0.meta.zeros, None),
+        }
+    }
+
     /// Sends this party's share plus mask.
     fn send_piece(&self, x: &Share) -> Result<()> {
+        let (zeros, public) = self.travels(x);
+        let less = public.filter(|_| self.is_first());
         let (mask, share, meta) = (self.mask(x), self.share(x), &x.0.meta);
-        self.send_words(meta.bits(), meta.len(), |start, out| {
-            let [share, mask] = [&share, &mask].map(|r| r.as_ref().map(|r| &r.as_slice()[start..]));
+        self.send_words(64 - zeros, meta.len(), |start, out| {
+            let [share, mask, less] =
+                [&share, &mask, &less].map(|r| r.as_ref().map(|r| &r.as_slice()[start..]));
             let all = out.iter_mut();
-            match (share, mask) {
-                (Some(x), Some(r)) => all
+            match (share, mask, less) {
+                (Some(x), Some(r), Some(a)) => all
+                    .zip(x.iter().zip(r).zip(a))
+                    .for_each(|(o, ((x, r), a))| *o = x.wrapping_add(*r).wrapping_sub(*a) >> zeros),
+                (Some(x), Some(r), None) => all
                     .zip(x.iter().zip(r))
-                    .for_each(|(o, (x, r))| *o = x.wrapping_add(*r) >> meta.zeros),
-                (Some(x), None) | (None, Some(x)) => all.zip(x).for_each(|(o, x)| *o = x >> meta.zeros),
-                (None, None) => out.fill(0),
+                    .for_each(|(o, (x, r))| *o = x.wrapping_add(*r) >> zeros),
+                (Some(x), None, _) | (None, Some(x), _) => all.zip(x).for_each(|(o, x)| *o = x >> zeros),
+                (None, None, _) => out.fill(0),
             }
         })
     }
 
     fn receive_piece(&self, x: &Share) -> Result<()> {
+        let (zeros, public) = self.travels(x);
         let meta = &x.0.meta;
-        let mut words = self.receive_words(meta.bits(), meta.len())?;
-        if meta.zeros > 0 {
-            words.iter_mut().for_each(|w| *w <<= meta.zeros);
+        let mut words = self.receive_words(64 - zeros, meta.len())?;
+        if zeros > 0 {
+            words.iter_mut().for_each(|w| *w <<= zeros);
         }
-        x.0.cell.borrow_mut().peer = Some(Ring::new(x.0.meta.dims.clone(), words)?);
+        let mut piece = Ring::new(meta.dims.clone(), words)?;
+        if let Some(public) = public.filter(|_| !self.is_first()) {
+            piece.add_assign(&public)?;
+        }
+        x.0.cell.borrow_mut().peer = Some(piece);
         Ok(())
     }
 
@@ -512,6 +584,9 @@ impl Gates for Online {
         if let Local::Relabel(_) = map {
             // The same ring elements are known in the same way.
             out.0.cell.borrow_mut().carried = from.carried.clone();
+        }
+        if let (Some(cut), None) = (&from.cut, from.opening.id) {
+            out.0.cell.borrow_mut().cut = cut.after(map)?;
         }
         if from.opening.id.is_some() {
             let mut cell = out.0.cell.borrow_mut();

@@ -5,6 +5,7 @@
 //! dealer. A party that holds nothing of x (it belongs to the other) has the piece 0 and the mask 0. Each piece
 //! travels at most once, and only if the other party needs it.
 
+use crate::gates::Local;
 use crate::{Owner, Party};
 
 /// Identity of a mask: the gate number under which it is expanded. Never used twice in a session.
@@ -20,6 +21,31 @@ pub(crate) struct Opening {
     pub id: Option<GateId>,
     /// Whether party i's piece is known to the other.
     pub sent: [bool; 2],
+}
+
+/// What is left to open of a value that was [truncated](crate::protocols::truncate): the carry, which moves the bits at the top.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Carry {
+    /// How many.
+    pub bits: u32,
+}
+
+impl Carry {
+    /// Bits below the carry: the opening says nothing of them.
+    pub fn zeros(self) -> u32 {
+        u64::BITS - self.bits
+    }
+
+    /// Of what `map` makes of the value, where that is as well known.
+    pub fn after(self, map: &Local) -> Option<Carry> {
+        match map {
+            Local::Relabel(_) | Local::Reshape(_) => Some(self),
+            Local::Refine(more) if *more < self.bits => Some(Carry {
+                bits: self.bits - more,
+            }),
+            _ => None,
+        }
+    }
 }
 
 /// Which parties must learn the masked value.

@@ -124,6 +124,7 @@ fn jobs() -> Vec<Job> {
         Verb::Normalize(NormKind::Layer),
         Verb::NormalizeOfSquare(NormKind::Layer),
         Verb::ReluOfFineSquare,
+        Verb::TrimmedMatMul,
         Verb::Identity,
     ];
     let shared = verbs.into_iter().map(|verb| Job::new(verb).dims(&DIMS));

@@ -66,6 +66,19 @@ fn truncations_and_reveal() {
 }
 
 #[test]
+fn what_was_truncated_is_opened_for_its_carry() {
+    // Two factors and their product opened, one of the factors and the product less a zero; 33 bits of carry dealt, and opened again;
+    // then the matrix product.
+    let [opened, again] = [(64 + 63 + 63) * N / 8, 33 * N / 8];
+    costs(
+        Job::new(Verb::TrimmedMatMul),
+        3,
+        [opened + again; 2],
+        [0, 63 * N / 8 + 8 * N + 33 * N / 8 + 8 * 64],
+    );
+}
+
+#[test]
 fn comparisons() {
     let (fss, bits) = (Comparison::Fss, Comparison::MaskedBits);
     // 28 bits: a key of 352 bytes; 7 one-hot vectors of 15 bits, levels of 7, 4 and 2 nodes.
@@ -168,14 +181,14 @@ fn activations() {
 
 #[test]
 fn normalisations() {
-    // The inverse of a value of so many bits (coarse), truncated by `cut` bits, and the product with it: opens v and the line's
-    // result; deals a key of a pair, the low mask, the truncation, and for each element a product and its carry.
-    let inverse = |value_bits: u64, cut: u64| {
-        let key = 32 * (value_bits - 2) + 64;
+    // The inverse of a value whose intervals so many bits tell apart, truncated by `cut` bits, and the product with it: opens v and the
+    // line's result; deals a key of a pair, the low mask, the truncation, and for each element a product and its carry.
+    let inverse = |key_bits: u64, cut: u64| {
+        let key = 32 * (key_bits - 2) + 64;
         let second = (8 + 8) * ROWS + cut * ROWS / 8 + 8 * N + cut * N / 8;
         (16 * ROWS, key * ROWS, second)
     };
-    let (online, both, second) = inverse(25, 24);
+    let (online, both, second) = inverse(25 - 6, 24);
     // The row itself, and the sum of its squares.
     let (online, second) = (8 * N + online, second + 8 * ROWS);
     costs(
@@ -204,7 +217,7 @@ fn normalisations() {
     // Buckets of 21 bits opened and 32 one-byte counters dealt, 31 suffixes a row opened and given a key of 128 bytes; the
     // exponential of 22 bits with 16 harmonics, opened with 24 of its 40 fractional bits, as is the sum; the inverse and the
     // product.
-    let (online, both, second) = inverse(25, 22);
+    let (online, both, second) = inverse(25 - 6, 22);
     let (exp, online) = (6 * N, online - 2 * ROWS);
     costs(
         Job::new(Verb::Softmax),
@@ -217,7 +230,7 @@ fn normalisations() {
     );
     // Wide scores: before that a maximum in buckets of 8 (24 bits) and a ReLU of either kind; then scores up to 16 in buckets of 2
     // (22 bits), with 20 harmonics.
-    let (online, both, second) = inverse(27, 26);
+    let (online, both, second) = inverse(27 - 5, 26);
     let online = online - 2 * ROWS;
     let maximum = |bits: u64| bits * N / 8 + 31 * ROWS;
     for (comparison, rounds, relu, dealt) in [

@@ -6,8 +6,8 @@
 //!
 //!   An input of more than 46 fractional bits, a product of scale 50, is not truncated before the gate but after it: the gate's
 //!   result is [raised](super::trigonometric::Form), opened in as many bits as its range needs, and truncated on that opening. 2
-//!   rounds; for GELU with a period of 32 of an input with 18 [zeros](crate::gates::Meta::zeros) 37 and 39 bits each way and, dealt,
-//!   76 bits a harmonic and 106 more. Beyond twice the range the result may also wrap. The result has
+//!   rounds; for GELU with a period of 32 of an input with 18 [zeros](crate::gates::Meta::zeros) 37 and 40 bits each way and, dealt,
+//!   76 bits a harmonic and 106 more; a linear layer of the result opens 23 bits. Beyond twice the range the result may also wrap. The result has
 //!   18 zeros.
 //! - [`Range::Guarded`]: x is first clamped to the range, clamp(x) = x - max(x - b, 0) + max(-x - b, 0), by one batch of
 //!   two [comparisons](super::compare) an element (two more rounds by function secret sharing; 16 bytes

@@ -2,15 +2,18 @@
 //!
 //! y = k_i + a_i u on the interval T_i <= u < T_{i+1}, u = x / 2^t, for x in 0..2^n. With X = x + r open, u is
 //! C - ρ modulo 2^(n-t), where C = (X mod 2^n) >> t is public and ρ = (r mod 2^n) >> t the dealer's: rounded down or up, as
-//! by a one-round truncation. One key of a distributed comparison function of n - t bits gives f(v) = [v < ρ] at any public
-//! v, and with a second payload ρ f(v). Then u = C - ρ + 2^(n-t) f(C), and [u >= T] is
-//! g = [C >= T] - f(C - T mod 2^(n-t)) + f(C), so that one key serves every threshold (the interval-containment gate of
+//! by a one-round truncation. Intervals are told apart by u' = u / 2^s, rounded likewise, of which thresholds T are whole: lines
+//! that meet at a threshold differ little next to it, and each bit less is a level less of every key. So let C' = C >> s and
+//! ρ' = ρ >> s. One key of a distributed comparison function of n - t - s bits gives f(v) = [v < ρ'] at any public
+//! v, and with a second payload ρ f(v). Then u = C - ρ + 2^(n-t) f(C'), and [u' >= T] is
+//! g = [C' >= T] - f(C' - T mod 2^(n-t-s)) + f(C'), so that one key serves every threshold (the interval-containment gate of
 //! Boyle et al. 2021, with outputs in Z_{2^64}). Their product needs no multiplication of shares: g ρ is the same sum of the
-//! second payload, and g f(C) is g if C < T, else f(C), because f falls. Hence
-//! y = k_0 + a_0 u + sum_j ((k_j - k_{j-1}) g_j + (a_j - a_{j-1}) g_j u) is local.
+//! second payload, and g f(C') is g if C' < T, else f(C'), because f falls. Hence
+//! y = k_0 + a_0 u + sum_j ((k_j - k_{j-1}) g_j + (a_j - a_{j-1}) g_j u) is local. (C' = ρ' with C < ρ would be u less a turn: it
+//! happens where x is within 2^(t+s) of 2^n, and nowhere else.)
 //!
-//! No round beyond opening x (1, or 0 if open); 8 bytes each way an element if not open. Dealer: one key of a pair of n - t
-//! bits an element (about 32 bytes a bit) to both, 8 bytes to the second party. Nothing but u is rounded. Costs a key
+//! No round beyond opening x (1, or 0 if open); 8 bytes each way an element if not open. Dealer: one key of a pair of n - t - s
+//! bits an element (about 32 bytes a bit) to both, 8 bytes to the second party. Nothing but u and u' is rounded. Costs a key
 //! evaluation an element and interval: for values that are few, such as one a row.
 
 use std::sync::Arc;
@@ -31,9 +34,11 @@ use crate::{Error, Owner, Result};
 pub struct Lines {
     /// The input satisfies 0 <= x < 2^bits in the ring.
     pub bits: u32,
-    /// The function is evaluated at x / 2^shift.
+    /// The lines are evaluated at u = x / 2^shift.
     pub shift: u32,
-    /// Strictly increasing, in 1..2^(bits - shift).
+    /// Which of them, u' = u / 2^cut says.
+    pub cut: u32,
+    /// Of u'. Strictly increasing, in 1..2^(bits - shift - cut).
     pub thresholds: Vec<u64>,
     /// Of the line on each interval (one more than there are thresholds), in the ring.
     pub constants: Vec<u64>,
@@ -47,9 +52,12 @@ impl Lines {
     fn check(&self) -> Result<()> {
         let lines = self.thresholds.len() + 1;
         let good = self.bits < 64
-            && self.shift < self.bits
+            && self.shift + self.cut < self.bits
             && self.thresholds.windows(2).all(|w| w[0] < w[1])
-            && self.thresholds.iter().all(|t| *t > 0 && *t < self.turn())
+            && self
+                .thresholds
+                .iter()
+                .all(|t| *t > 0 && *t <= low_bits(self.key_bits()))
             && self.constants.len() == lines
             && self.slopes.len() == lines;
         if good {
@@ -74,14 +82,14 @@ impl Lines {
         }
     }
 
-    /// Bits of u.
-    fn width(&self) -> u32 {
-        self.bits - self.shift
+    /// Bits of u', which are those of a key.
+    fn key_bits(&self) -> u32 {
+        self.bits - self.shift - self.cut
     }
 
     /// What u gains where x + r passes 2^bits.
     fn turn(&self) -> u64 {
-        1 << self.width()
+        1 << (self.bits - self.shift)
     }
 
     /// C of an opened value, ρ of a mask.
@@ -105,12 +113,14 @@ pub(crate) fn offline(o: &Offline, x: &OffTensor, spec: &Arc<Lines>) -> Result<O
         "lines",
         (gate, 0),
         n,
-        dcf::pair_key_bytes(spec.width()),
+        dcf::pair_key_bytes(spec.key_bits()),
         |range, roots, keys| {
-            let betas: Vec<[u64; 2]> = rho[range.clone()].iter().map(|r| [1, *r]).collect();
+            let rho = &rho[range];
+            let alphas: Vec<u64> = rho.iter().map(|r| r >> spec.cut).collect();
+            let betas: Vec<[u64; 2]> = rho.iter().map(|r| [1, *r]).collect();
             Ok(dcf::generate_pairs_into(
-                spec.width(),
-                &rho[range],
+                spec.key_bits(),
+                &alphas,
                 &betas,
                 roots,
                 keys,
@@ -128,15 +138,16 @@ pub(crate) fn online(p: &Online, x: &Share, spec: &Arc<Lines>) -> Result<Share> 
     let (_, mut material) = p.gate()?;
     let (roots, keys) = take(&mut material.keys)?;
     let mut out = take(&mut material.words)?; // shares of ρ, overwritten by the result
-    let low = low_bits(spec.width());
+    let (bits, low) = (spec.key_bits(), low_bits(spec.key_bits()));
     let c = p.masked(x)?.map(|c| spec.coarse(c)).into_vec();
     let points = spec.thresholds.len() + 1;
     let mut xs = Vec::with_capacity(c.len() * points);
-    for &c in &c {
+    for c in &c {
+        let c = c >> spec.cut;
         xs.push(c);
         xs.extend(spec.thresholds.iter().map(|t| c.wrapping_sub(*t) & low));
     }
-    let f = dcf::evaluate_pairs(p.party().index(), spec.width(), &roots, &keys, points, &xs)?;
+    let f = dcf::evaluate_pairs(p.party().index(), bits, &roots, &keys, points, &xs)?;
     let one = u64::from(p.is_first());
     for ((y, &c), f) in out.iter_mut().zip(&c).zip(f.chunks_exact(points)) {
         let rho = *y;
@@ -150,10 +161,11 @@ pub(crate) fn online(p: &Online, x: &Share, spec: &Arc<Lines>) -> Result<Share> 
             .wrapping_mul(spec.constants[0])
             .wrapping_add(spec.slopes[0].wrapping_mul(at(one, rho, f_c)));
         for (j, (t, [below, rho_below])) in spec.thresholds.iter().zip(f).enumerate() {
-            let (public, public_rho) = if c < *t { (0, 0) } else { (one, rho) };
+            let below_t = c >> spec.cut < *t;
+            let (public, public_rho) = if below_t { (0, 0) } else { (one, rho) };
             let g = public.wrapping_sub(*below).wrapping_add(f_c);
             let g_rho = public_rho.wrapping_sub(*rho_below).wrapping_add(rho_f_c);
-            let g_f = if c < *t { g } else { f_c };
+            let g_f = if below_t { g } else { f_c };
             let step = |values: &[u64]| values[j + 1].wrapping_sub(values[j]);
             *y = y
                 .wrapping_add(step(&spec.constants).wrapping_mul(g))
@@ -179,8 +191,11 @@ pub(crate) fn fixed(f: &Fixed, x: &FixedTensor, spec: &Arc<Lines>) -> Result<Fix
     let mut value = f.ring(x).clone();
     for (x, r) in value.make_mut().iter_mut().zip(mask.as_slice()) {
         let (c, rho) = (spec.coarse(x.wrapping_add(*r)), spec.coarse(*r));
-        let u = c.wrapping_sub(rho) & low_bits(spec.width());
-        let i = spec.thresholds.partition_point(|t| *t <= u);
+        let (coarse_c, coarse_rho) = (c >> spec.cut, rho >> spec.cut);
+        let turned = if coarse_c < coarse_rho { spec.turn() } else { 0 };
+        let u = c.wrapping_sub(rho).wrapping_add(turned);
+        let coarse = coarse_c.wrapping_sub(coarse_rho) & low_bits(spec.key_bits());
+        let i = spec.thresholds.partition_point(|t| *t <= coarse);
         *x = spec.constants[i].wrapping_add(spec.slopes[i].wrapping_mul(u));
     }
     Ok(f.tensor(spec.output(f.meta(x)), value))

@@ -12,8 +12,8 @@
 //! | both shared | both, to both | 8 bytes a result | 2 each, or 1 when y is a session parameter |
 //!
 //! At most one round, none if both are open; 8 bytes an element opened, in each direction that is needed. Zeros of an
-//! operand ([`Meta::zeros`]) are not sent, nor are they of the dealt r*q, which has those of both. Dealer
-//! bytes go to the second party. A session parameter was opened at set-up.
+//! operand ([`Meta::zeros`]) are not sent, nor are they of the dealt r*q, which has those of both; of an operand that was
+//! [truncated](super::truncate) the carry is. Dealer bytes go to the second party. A session parameter was opened at set-up.
 //!
 //! Asymmetric sharing: when party p owns the weight y, it multiplies in the clear, (x_p + X_{1-p}) * y, where
 //! X_{1-p} = x_{1-p} + r_{1-p} is the other's piece; the other's result, -(r_{1-p} * Y) + c, is known before the

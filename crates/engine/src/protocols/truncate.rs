@@ -13,6 +13,12 @@
 //!
 //! Zeros of x ([`Meta::zeros`]) are zeros of r too: they are not sent, and below 2^f nothing is left to be rounded.
 //!
+//! **Opening the result** of the one-round form, x' = A - ρ + 2^(64-f) b m with A and the bit b public, ρ = r >> f and m dealt,
+//! takes f bits: only b m is not open yet. Its mask is ρ + 2^(64-f) s for a fresh s, uniform modulo 2^f, and
+//! x' + ρ + 2^(64-f) s = A + 2^(64-f) (b m + s), of which the parties send their shares of b m + s. ρ is uniform modulo 2^(64-f), and
+//! so the mask is in the ring; nothing is seen but c, which was, and b m + s, which is uniform whatever c is. If the result
+//! is multiplied by 2^q first, the carry is left modulo 2^(f-q), and that is what is sent.
+//!
 //! Bytes each way: 8 an element, if not open yet. Dealer to the second party: 8 bytes and f bits an element; faithful:
 //! also a key of f bits to both. (Escudero et al. 2020, Damgard et al. 2019 for dealer-aided truncation.) Shares are
 //! never truncated locally: that fails by 2^(64-f) with probability |x| / 2^63.
@@ -24,9 +30,9 @@ use super::carried::{Carried, OffCarried, Traced};
 use super::product::take;
 use crate::fixed::{Fixed, FixedTensor};
 use crate::gates::{Gates, LIMIT_BITS, Meta};
-use crate::offline::{OffTensor, Offline, low_bits};
-use crate::online::{Online, Share};
-use crate::opening::BOTH;
+use crate::offline::{OffCut, OffTensor, Offline, low_bits};
+use crate::online::{Cut, Online, Share};
+use crate::opening::{BOTH, Carry};
 use crate::{Error, Owner, Result};
 
 const OFFSET: u64 = 1 << LIMIT_BITS;
@@ -104,9 +110,16 @@ pub(crate) fn offline(o: &Offline, xs: &[(&OffTensor, u32)], mode: Mode) -> Resu
                     Ring::zeros([0])
                 };
                 let r = mask.as_slice();
-                o.deal_as("truncate", (gate, 0), &meta, || {
+                let shares = o.correlate_as("truncate", (gate, 0), &meta, || {
                     Ok(r.iter().map(|r| r >> bits).collect())
                 })?;
+                let mut dealt = o.is_dealer().then(|| mask.map(|r| r >> bits));
+                if let Some(shares) = shares {
+                    if mode == Mode::Near {
+                        dealt = Some(Ring::new(meta.dims.clone(), shares.clone())?);
+                    }
+                    o.put(shares);
+                }
                 o.deal("truncate", (gate, 1), n, bits, || {
                     Ok(r.iter().map(|r| r >> 63).collect())
                 })?;
@@ -129,11 +142,24 @@ pub(crate) fn offline(o: &Offline, xs: &[(&OffTensor, u32)], mode: Mode) -> Resu
                     )?;
                 }
                 o.end_gate()?;
-                if mode == Mode::Carried {
-                    let dealt = |shift: u32| o.is_dealer().then(|| mask.map(|r| r >> shift));
-                    let carried = OffCarried::truncated(&meta.dims, bits, dealt(bits), dealt(63));
-                    return Ok(o.carrying(meta, carried));
-                }
+                return Ok(match mode {
+                    Mode::Near => {
+                        let cut = OffCut {
+                            left: Carry { bits },
+                            shift: 0,
+                            stream: (gate, 0),
+                            bits: meta.bits(),
+                            dealt,
+                        };
+                        o.truncated(meta, cut)
+                    }
+                    Mode::Carried => {
+                        let carry = o.is_dealer().then(|| mask.map(|r| r >> 63));
+                        let carried = OffCarried::truncated(&meta.dims, bits, dealt, carry);
+                        o.carrying(meta, carried)
+                    }
+                    Mode::Faithful => o.tensor(meta),
+                });
             }
             Ok(o.tensor(meta))
         })
@@ -173,7 +199,7 @@ pub(crate) fn online(p: &Online, xs: &[(&Share, u32)], mode: Mode) -> Result<Vec
             let c = p.masked(x)?.add_scalar(OFFSET);
             let shifted = take(&mut material.words)?;
             let carries = take(&mut material.words)?;
-            let carry = (mode == Mode::Carried).then(|| carries.clone());
+            let carry = (mode != Mode::Faithful).then(|| carries.clone());
             let mut out = share_of_result(&c, bits, &shifted, carries, p.is_first());
             if mode == Mode::Faithful {
                 let (roots, keys) = take(&mut material.keys)?;
@@ -184,9 +210,21 @@ pub(crate) fn online(p: &Online, xs: &[(&Share, u32)], mode: Mode) -> Result<Vec
                     .for_each(|(o, b)| *o = o.wrapping_sub(b));
             }
             let out = Ring::new(meta.dims.clone(), out)?;
-            Ok(match carry {
-                Some(m) => p.carrying(meta, out, Carried::truncated(&c, OFFSET, bits, m)?),
-                None => p.tensor(meta, Some(out)),
+            Ok(match (carry, mode) {
+                (Some(m), Mode::Carried) => p.carrying(meta, out, Carried::truncated(&c, OFFSET, bits, m)?),
+                (Some(mut m), _) => {
+                    // b m, modulo 2^bits.
+                    for (m, c) in m.iter_mut().zip(c.as_slice()) {
+                        *m &= (c >> 63).wrapping_sub(1);
+                    }
+                    let cut = Cut {
+                        public: c.map(|c| (c >> bits).wrapping_sub(OFFSET >> bits)),
+                        carry: Ring::new(meta.dims.clone(), m)?,
+                        left: Carry { bits },
+                    };
+                    p.truncated(meta, out, cut)
+                }
+                (None, _) => p.tensor(meta, Some(out)),
             })
         })
         .collect()
@@ -210,8 +248,8 @@ pub(crate) fn fixed(f: &Fixed, xs: &[(&FixedTensor, u32)], mode: Mode) -> Result
             let mut carried = None;
             if secret(x) {
                 let gate = f.gate();
+                let mask = f.mask(x);
                 if mode != Mode::Faithful {
-                    let mask = f.mask(x);
                     let low = low_bits(bits);
                     for ((v, x), r) in value
                         .make_mut()
@@ -224,7 +262,7 @@ pub(crate) fn fixed(f: &Fixed, xs: &[(&FixedTensor, u32)], mode: Mode) -> Result
                     }
                 }
                 if mode == Mode::Carried {
-                    let c = f.ring(x).add(&f.mask(x))?.add_scalar(OFFSET);
+                    let c = f.ring(x).add(&mask)?.add_scalar(OFFSET);
                     let mut shifted = f.first_of_dealt((gate, 0), meta.len(), meta.bits());
                     shifted.iter_mut().for_each(|r| *r <<= meta.zeros);
                     let carries = f.first_of_dealt((gate, 1), meta.len(), bits);
@@ -233,6 +271,9 @@ pub(crate) fn fixed(f: &Fixed, xs: &[(&FixedTensor, u32)], mode: Mode) -> Result
                         carried: Carried::truncated(&c, OFFSET, bits, carries)?,
                         share: Some(Ring::new(meta.dims.clone(), first)?),
                     });
+                }
+                if mode == Mode::Near {
+                    return Ok(f.truncated(meta, value, mask.map(|r| r >> bits), Carry { bits }));
                 }
             }
             Ok(f.carrying(meta, value, carried))

@@ -46,6 +46,8 @@ pub enum Verb {
     ReluOfFineSquare,
     /// A row of 49 fractional bits, truncated, times the weight.
     FineLinear,
+    /// 0.3 x * x, of 49 fractional bits, truncated, times its transpose.
+    TrimmedMatMul,
     /// Nothing but the reveal.
     Identity,
 }
@@ -174,6 +176,11 @@ impl Program for Job {
             Verb::NormalizeOfSquare(kind) => b.normalize(&b.mul(&x, &x)?, &norm(kind))?,
             Verb::ReluOfFineSquare => b.relu(&b.mul(&b.scale(&x, 0.3)?, &x)?)?,
             Verb::FineLinear => b.linear(&b.mul(&b.scale(&x, 0.3)?, &x)?, w, None)?,
+            Verb::TrimmedMatMul => {
+                let y = b.trim(&b.mul(&b.scale(&x, 0.3)?, &x)?)?;
+                b.prepare(&[&y])?;
+                b.matmul(&y, &b.transpose(&y, 0, 1)?)?
+            }
             Verb::Identity => x,
         };
         if self.reveal {

@@ -413,32 +413,39 @@ impl Rfa {
         let v = b.trim(&v)?;
         let phi = self.features(b, &both)?;
         let (phi_q, phi_k) = (b.narrow(&phi, 2, 0, rows)?, b.narrow(&phi, 2, rows, tokens)?);
-        // Values of positions that are not there are taken out, and their ones with them.
-        let (values, ones) = match &scene.keep {
+        // [v_j | 1], in parts. Values of positions that are not there are taken out, and their ones with them; where all are there,
+        // ones are public, and values are open but for their carry.
+        let values = match &scene.keep {
             Some(keep) => {
                 let keep = b.reshape(keep, &[batch, 1, tokens, 1])?;
                 let spread = b.input(Owner::Public, &[1, groups, 1, 1], Some(&vec![1.0; groups]))?;
-                (b.mul(&v, &keep)?, b.mul(&keep, &spread)?)
+                vec![b.cat(&[&b.mul(&v, &keep)?, &b.mul(&keep, &spread)?], 3)?]
             }
             None => {
                 let ones = vec![1.0; batch * groups * tokens];
                 let ones = b.input(Owner::Public, &[batch, groups, tokens, 1], Some(&ones))?;
-                (v, ones)
+                vec![v, ones]
             }
         };
-        let values = b.cat(&[&values, &ones], 3)?;
+        let weigh = |weights: &B::Tensor| {
+            let parts = values
+                .iter()
+                .map(|v| b.matmul(weights, v))
+                .collect::<Result<Vec<_>>>()?;
+            b.cat(&parts.iter().collect::<Vec<_>>(), 3)
+        };
         // Of long texts means instead of sums, which keep products in range; a power of two costs nothing, here and below.
         let count = (self.features * tokens).div_ceil(SUMMED).next_power_of_two() as f64;
         let mixed = match scene.causal && only.is_none() {
             false => {
-                b.prepare(&[&phi_q, &phi_k, &values])?;
-                let sum = b.trim(&b.matmul(&b.transpose(&phi_k, 2, 3)?, &values)?)?;
-                b.matmul(&phi_q, &b.scale(&sum, 1.0 / count)?)?
+                b.prepare(&[&phi_q, &phi_k, &values[0]])?;
+                let sum = weigh(&b.transpose(&phi_k, 2, 3)?)?;
+                b.matmul(&phi_q, &b.scale(&b.trim(&sum)?, 1.0 / count)?)?
             }
             true => {
                 let scores = b.matmul(&phi_q, &b.transpose(&phi_k, 2, 3)?)?;
                 let scores = b.mul(&scores, &scene.triangle(b)?)?;
-                b.matmul(&b.scale(&scores, 1.0 / count)?, &values)?
+                weigh(&b.trim(&b.scale(&scores, 1.0 / count)?)?)?
             }
         };
         b.prepare(&[&mixed])?;
