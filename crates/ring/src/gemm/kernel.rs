@@ -246,17 +246,7 @@ unsafe fn pack_rows_portable(
     cols: usize,
     panels: &mut [u64],
 ) {
-    for (panel, first) in panels
-        .chunks_mut(kernel.cols * k)
-        .zip((0..cols).step_by(kernel.cols))
-    {
-        let width = panel.len() / k;
-        let inside = width.min(cols - first);
-        for (row, line) in panel.chunks_exact_mut(width).enumerate() {
-            line[..inside].copy_from_slice(&y[row * step + first..][..inside]);
-            line[inside..].fill(0);
-        }
-    }
+    pack_rows(kernel, y, step, k, cols, panels);
 }
 
 /// # Safety
@@ -269,17 +259,60 @@ unsafe fn pack_columns_portable(
     cols: usize,
     panels: &mut [u64],
 ) {
+    pack_columns(kernel, y, step, k, cols, panels);
+}
+
+/// [`Kernel::pack_rows`], compiled for whatever the caller is.
+#[inline(always)]
+fn pack_rows(kernel: &Kernel, y: &[u64], step: usize, k: usize, cols: usize, panels: &mut [u64]) {
+    let rows = kernel.panel_rows(k);
     for (panel, first) in panels
-        .chunks_mut(kernel.cols * k)
+        .chunks_mut(kernel.cols * rows)
         .zip((0..cols).step_by(kernel.cols))
     {
-        let width = panel.len() / k;
+        let width = panel.len() / rows;
+        let inside = width.min(cols - first);
+        let (lines, sums) = panel.split_at_mut(k * width);
+        for (row, line) in lines.chunks_exact_mut(width).enumerate() {
+            line[..inside].copy_from_slice(&y[row * step + first..][..inside]);
+            line[inside..].fill(0);
+        }
+        column_sums(lines, sums);
+    }
+}
+
+/// [`Kernel::pack_columns`], likewise.
+#[inline(always)]
+fn pack_columns(kernel: &Kernel, y: &[u64], step: usize, k: usize, cols: usize, panels: &mut [u64]) {
+    let rows = kernel.panel_rows(k);
+    for (panel, first) in panels
+        .chunks_mut(kernel.cols * rows)
+        .zip((0..cols).step_by(kernel.cols))
+    {
+        let width = panel.len() / rows;
+        let (lines, sums) = panel.split_at_mut(k * width);
         for i in 0..width {
-            let line = panel[i..].iter_mut().step_by(width);
+            let line = lines[i..].iter_mut().step_by(width);
             match first + i < cols {
                 true => line.zip(&y[(first + i) * step..][..k]).for_each(|(o, &y)| *o = y),
                 false => line.for_each(|o| *o = 0),
             }
+        }
+        column_sums(lines, sums);
+    }
+}
+
+/// Where a panel has a row of them, the sums of the products of neighbours in each column.
+#[inline(always)]
+fn column_sums(lines: &[u64], sums: &mut [u64]) {
+    if sums.is_empty() {
+        return;
+    }
+    sums.fill(0);
+    for pair in lines.chunks_exact(2 * sums.len()) {
+        let (even, odd) = pair.split_at(sums.len());
+        for (sum, (x, y)) in sums.iter_mut().zip(even.iter().zip(odd)) {
+            *sum = sum.wrapping_add(x.wrapping_mul(*y));
         }
     }
 }

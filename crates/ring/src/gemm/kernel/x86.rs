@@ -1,7 +1,7 @@
 use std::arch::x86_64::*;
 use std::array::from_fn;
 
-use super::{Ahead, Kernel, Tile, pack_columns_portable, pack_rows_portable, transpose_portable};
+use super::{Ahead, Kernel, Tile, pack_columns, pack_rows, transpose_portable};
 use crate::simd::prefetch;
 
 /// 8 rows of 16 columns, paired: 16 sums, the 4 vectors of a pair of rows, and room to work in.
@@ -278,17 +278,17 @@ fn transpose(rows: [__m512i; 8]) -> [__m512i; 8] {
     [even[0], odd[0], even[1], odd[1], even[2], odd[2], even[3], odd[3]]
 }
 
-/// 3 rows of 8 columns: two sums for each vector, see [`tile_avx2`].
+/// 4 rows of 4 columns, paired: two sums for each row, the vectors of a pair, and room to work in. See [`tile_avx2`].
 pub(super) static AVX2: Kernel = Kernel {
     name: "avx2",
-    rows: 3,
-    cols: 8,
+    rows: 4,
+    cols: 4,
     lanes: 4,
-    row_sums: None,
+    row_sums: Some(row_sums_avx2),
     run: run_avx2,
     transpose: transpose_portable,
-    pack_rows: pack_rows_portable,
-    pack_columns: pack_columns_portable,
+    pack_rows: pack_rows_avx2,
+    pack_columns: pack_columns_avx2,
 };
 
 /// # Safety
@@ -297,62 +297,96 @@ pub(super) static AVX2: Kernel = Kernel {
 unsafe fn run_avx2(tile: &Tile, ahead: [&mut Ahead; 2], out: *mut u64, step: usize) {
     // SAFETY: passed on.
     unsafe {
-        match (tile.rows, tile.width / 4) {
-            (3, 2) => tile_avx2::<3, 2>(tile, ahead, out, step),
-            (2, 2) => tile_avx2::<2, 2>(tile, ahead, out, step),
-            (1, 2) => tile_avx2::<1, 2>(tile, ahead, out, step),
-            (3, 1) => tile_avx2::<3, 1>(tile, ahead, out, step),
-            (2, 1) => tile_avx2::<2, 1>(tile, ahead, out, step),
-            (1, 1) => tile_avx2::<1, 1>(tile, ahead, out, step),
+        match tile.rows {
+            4 => tile_avx2::<4>(tile, ahead, out, step),
+            3 => tile_avx2::<3>(tile, ahead, out, step),
+            2 => tile_avx2::<2>(tile, ahead, out, step),
+            1 => tile_avx2::<1>(tile, ahead, out, step),
             _ => unreachable!("checked by Kernel::run"),
         }
     }
 }
 
-/// A tile of `R` rows and `V` vectors of 4 columns. With x = x1 2^32 + x0 and y likewise, xy = x0 y0 + (x0 y1 + x1 y0) 2^32:
-/// the first product is summed in 64 bits, and the others in 32, both at once, the halves of x exchanged.
+/// A tile of `R` rows and 4 columns. With a = a1 2^32 + a0 and b likewise, ab = a0 b0 + (a0 b1 + a1 b0) 2^32: the first product is
+/// summed in 64 bits, and the others in 32, both at once, the halves of a exchanged.
 ///
 /// # Safety
 /// As for [`run_avx2`], and `tile` must have that size.
 #[inline]
 #[target_feature(enable = "avx2")]
-unsafe fn tile_avx2<const R: usize, const V: usize>(
-    tile: &Tile,
-    ahead: [&mut Ahead; 2],
-    out: *mut u64,
-    step: usize,
-) {
+unsafe fn tile_avx2<const R: usize>(tile: &Tile, ahead: [&mut Ahead; 2], out: *mut u64, step: usize) {
     let (mut y, mut x) = (tile.panel.as_ptr(), tile.left.as_ptr());
-    // SAFETY: `Kernel::run` checked that the panel has `k` rows of `4 V` words and more, and the left side `R` rows of
-    // `k`. `out` is the caller's promise.
+    // SAFETY: `Kernel::run` checked that the panel has `k + 1` rows of 4 words, and the left side `R` rows of `k`. `out` is
+    // the caller's promise.
     unsafe {
         ahead.into_iter().for_each(|ahead| ahead.go(ahead.pace));
-        let (mut low, mut cross) = ([[_mm256_setzero_si256(); V]; R], [[_mm256_setzero_si256(); V]; R]);
-        for _ in 0..tile.k {
-            let row: [_; V] = from_fn(|v| _mm256_loadu_si256(y.add(4 * v).cast()));
+        let load = |y: *const u64| _mm256_loadu_si256(y.cast());
+        let each = |x: *const u64, r: usize| _mm256_set1_epi64x(*x.add(r * tile.step) as i64);
+        let last = load(y.add(tile.k * 4));
+        let mut low: [__m256i; R] = from_fn(|r| {
+            let pairs = _mm256_set1_epi64x(tile.row_sums[r] as i64);
+            _mm256_sub_epi64(_mm256_setzero_si256(), _mm256_add_epi64(pairs, last))
+        });
+        let mut cross = [_mm256_setzero_si256(); R];
+        let mut add = |r: usize, a: __m256i, b: __m256i| {
+            let exchanged = _mm256_shuffle_epi32::<0b10_11_00_01>(a);
+            low[r] = _mm256_add_epi64(low[r], _mm256_mul_epu32(a, b));
+            cross[r] = _mm256_add_epi32(cross[r], _mm256_mullo_epi32(exchanged, b));
+        };
+        for _ in 0..tile.k / 2 {
+            let (even, odd) = (load(y), load(y.add(4)));
             for r in 0..R {
-                let each = _mm256_set1_epi64x(*x.add(r * tile.step) as i64);
-                let exchanged = _mm256_shuffle_epi32::<0b10_11_00_01>(each);
-                for v in 0..V {
-                    low[r][v] = _mm256_add_epi64(low[r][v], _mm256_mul_epu32(each, row[v]));
-                    cross[r][v] = _mm256_add_epi32(cross[r][v], _mm256_mullo_epi32(exchanged, row[v]));
-                }
+                let (first, second) = (each(x, r), each(x.add(1), r));
+                add(r, _mm256_add_epi64(first, odd), _mm256_add_epi64(second, even));
             }
-            (x, y) = (x.add(1), y.add(4 * V));
+            (x, y) = (x.add(2), y.add(8));
+        }
+        if tile.k % 2 == 1 {
+            for r in 0..R {
+                add(r, each(x, r), load(y));
+            }
         }
         for r in 0..R {
-            for v in 0..V {
-                let out = out.add(r * step + 4 * v).cast();
-                let high = _mm256_add_epi32(cross[r][v], _mm256_slli_epi64::<32>(cross[r][v]));
-                let high = _mm256_blend_epi32::<0b1010_1010>(_mm256_setzero_si256(), high);
-                let sum = _mm256_add_epi64(low[r][v], high);
-                let before = if tile.first {
-                    _mm256_setzero_si256()
-                } else {
-                    _mm256_loadu_si256(out)
-                };
-                _mm256_storeu_si256(out, _mm256_add_epi64(before, sum));
-            }
+            let out = out.add(r * step).cast();
+            let both = _mm256_add_epi64(cross[r], _mm256_srli_epi64::<32>(cross[r]));
+            let sum = _mm256_add_epi64(low[r], _mm256_slli_epi64::<32>(both));
+            let before = if tile.first {
+                _mm256_setzero_si256()
+            } else {
+                _mm256_loadu_si256(out)
+            };
+            _mm256_storeu_si256(out, _mm256_add_epi64(before, sum));
         }
     }
+}
+
+/// # Safety
+/// The processor must have AVX2.
+#[target_feature(enable = "avx2")]
+unsafe fn row_sums_avx2(left: &[u64], step: usize, k: usize, sums: &mut [u64]) {
+    for (row, sum) in sums.iter_mut().enumerate() {
+        let pairs = left[row * step..][..k].as_chunks::<2>().0.iter();
+        *sum = pairs.fold(0, |sum, [x, y]| sum.wrapping_add(x.wrapping_mul(*y)));
+    }
+}
+
+/// # Safety
+/// The processor must have AVX2.
+#[target_feature(enable = "avx2")]
+unsafe fn pack_rows_avx2(kernel: &Kernel, y: &[u64], step: usize, k: usize, cols: usize, panels: &mut [u64]) {
+    pack_rows(kernel, y, step, k, cols, panels);
+}
+
+/// # Safety
+/// The processor must have AVX2.
+#[target_feature(enable = "avx2")]
+unsafe fn pack_columns_avx2(
+    kernel: &Kernel,
+    y: &[u64],
+    step: usize,
+    k: usize,
+    cols: usize,
+    panels: &mut [u64],
+) {
+    pack_columns(kernel, y, step, k, cols, panels);
 }
