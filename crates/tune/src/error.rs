@@ -37,7 +37,7 @@ pub enum Error {
     },
     /// A label of the data has no word in the task.
     #[error(
-        "{}, line {line}: label {label:?} has no word in the verbalizer, which knows {known}; add it to the task, or correct the line", file.display()
+        "{}, line {line}: label {label:?} is none of the task, which knows {known}; add it to the task with its word, or correct the line", file.display()
     )]
     Label {
         /// The file.

@@ -138,7 +138,7 @@ impl<'a, T: Tokenize + ?Sized> Encoder<'a, T> {
             .checked_add(encoder.around()?)
             .ok_or_else(room)?;
         // A token of each text must have a place.
-        if fixed + 1 + usize::from(task.pairs()) > limit {
+        if fixed + 1 + usize::from(task.pairs) > limit {
             return Err(Error::Room {
                 template: fixed,
                 limit,
@@ -184,8 +184,8 @@ impl<'a, T: Tokenize + ?Sized> Encoder<'a, T> {
     pub fn sequence(&self, example: &Example) -> Result<Sequence> {
         let mut a = self.text(&Piece::TextA, &example.text_a)?;
         let mut b = match &example.text_b {
-            Some(text) if self.task.pairs() => self.text(&Piece::TextB, text)?,
-            None if !self.task.pairs() => Vec::new(),
+            Some(text) if self.task.pairs => self.text(&Piece::TextB, text)?,
+            None if !self.task.pairs => Vec::new(),
             _ => {
                 let detail = "an example has another number of texts than the task";
                 return Err(Error::Settings(detail.into()));

@@ -297,7 +297,7 @@ pub fn backbone(name: Option<&str>) -> Result<Backbone> {
     let (folder, kind) = folder(name)?;
     match kind.and_then(|kind| Family::of_type(&kind)) {
         Some(_) => Err(Error::Input(format!(
-            "{name} is a language model, which sees no pictures; give a vision transformer to --backbone, or --task and texts"
+            "{name} is a language model, which sees no pictures; give a vision transformer to --backbone, or texts to --data (.tsv or .txt)"
         ))),
         None => Backbone::open(&folder).map_err(|e| bad_weights(e, Some(Path::new(name)), "--backbone")),
     }

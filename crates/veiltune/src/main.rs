@@ -69,7 +69,7 @@ enum Command {
     /// compared, so it can be made long before.
     /// Each file goes to its own party, in secret: whoever holds both can see everything. A run removes what it uses.
     Deal(deal::DealArgs),
-    /// Train an adapter on labelled pictures, or texts (--task), in the clear
+    /// Train an adapter on labelled pictures or texts, in the clear
     ///
     /// The backbone's hidden states are computed once and kept in a cache, so that training takes minutes. An interrupted run goes
     /// on where it stopped when the same command is given again.

@@ -183,6 +183,46 @@ fn an_adapter_for_texts_is_trained_measured_planned_and_served() {
         let apart = number(&other["accuracy"]) - number(&float["accuracy"]);
         assert!(apart.abs() < 1.5 / 40.0, "{arithmetic}: {other} {float}");
     }
+    // The labels of a file will do for its task, and where it has not all of them those of the adapter.
+    let lines = fs::read_to_string(&test).unwrap();
+    let late: Vec<&str> = lines.lines().filter(|l| l.ends_with("late")).collect();
+    fs::write(world.at("late.tsv"), late.join("\n")).unwrap();
+    let mut bare = veiltune();
+    bare.args(["evaluate", "--json", "--adapter"])
+        .arg(world.at("out"));
+    bare.arg("--cache").arg(world.at("cache"));
+    bare.arg("--backbone").arg(checkpoint("minilm")).arg("--data");
+    let found = run(bare.arg(world.at("late.tsv"))).json();
+    assert_eq!(found["pictures"], late.len());
+    // F1 where the task reports it, of what was just found and what the accuracy says of the others.
+    let template = "{prompt} {text} {mask}";
+    let task = json!({"name": "halves", "masked": template, "verbalizer": {"early": "ba", "late": "na"}, "metric": {"f1": "late"}});
+    fs::write(world.at("f1.json"), task.to_string()).unwrap();
+    let mut command = veiltune();
+    command
+        .args(["evaluate", "--json", "--adapter"])
+        .arg(world.at("out"));
+    command
+        .arg("--cache")
+        .arg(world.at("cache"))
+        .arg("--task")
+        .arg(world.at("f1.json"));
+    command
+        .arg("--backbone")
+        .arg(checkpoint("minilm"))
+        .arg("--data")
+        .arg(&test);
+    let scored = run(&mut command).json();
+    let (all, there) = (lines.lines().count() as f64, late.len() as f64);
+    let hits = number(&found["accuracy"]) * there;
+    let wrong = all - there - (number(&float["accuracy"]) * all - hits);
+    let f1 = 2.0 * hits / (hits + wrong + there);
+    assert!((number(&scored["f1"]) - f1).abs() < 1e-9, "{scored} {f1}");
+    assert_eq!(
+        (&scored["accuracy"], &float["f1"]),
+        (&float["accuracy"], &Value::Null)
+    );
+
     let planned = |images: &str| {
         let mut plan = veiltune();
         plan.args(["plan", "--json", "--images", images, "--adapter"]);
@@ -356,14 +396,27 @@ fn what_does_not_fit_is_explained() {
     command
         .arg(checkpoint("minilm"))
         .args(["--cache", "none", "--out"]);
-    run(command.arg(world.at("none"))).explains(2, &["language model", "--task"]);
+    run(command.arg(world.at("none"))).explains(2, &["minilm", "3 to 12", "--backbone"]);
+    for (name, adapter, parts) in [
+        ("train", ["--out", "none"], ["language model", "texts to --data"]),
+        (
+            "evaluate",
+            ["--adapter", "out"],
+            ["the adapter is for texts", "--task"],
+        ),
+    ] {
+        let mut command = veiltune();
+        command.args([name, adapter[0]]).arg(world.at(adapter[1]));
+        command.arg("--data").arg(&vision).arg("--backbone");
+        run(command.arg(checkpoint("minilm"))).explains(2, &parts);
+    }
+    refused(&["--skip-unreadable"], &["--skip-unreadable is for pictures"]);
     let mut command = veiltune();
-    command.args(["evaluate", "--data"]).arg(&train).arg("--adapter");
     command
-        .arg(world.at("out"))
-        .arg("--backbone")
-        .arg(checkpoint("minilm"));
-    run(&mut command).explains(2, &["the adapter is for texts", "--task"]);
+        .args(["train", "--tokens", "10", "--data"])
+        .arg(&vision)
+        .arg("--out");
+    run(command.arg(world.at("none"))).explains(2, &["--tokens and --pooling are for texts"]);
     let mut command = world.command("evaluate", "test.tsv", &["--adapter"]);
     command.arg(assets().join("adapter"));
     run(&mut command).explains(2, &["language model", "--backbone"]);

@@ -1,5 +1,6 @@
 //! Data files: a line is an example, its columns stand between tabs.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::path::Path;
 
@@ -54,22 +55,78 @@ impl Layout {
                 header: true,
             })
         });
-        let texts = if task.pairs() { 2 } else { 1 };
-        named.unwrap_or(Layout {
+        named.unwrap_or(Layout::plain(task.pairs, first))
+    }
+
+    /// The texts and then the label.
+    fn plain(pairs: bool, first: &[&str]) -> Self {
+        let texts = if pairs { 2 } else { 1 };
+        Layout {
             columns: texts + 1,
             text_a: 0,
-            text_b: (texts == 2).then_some(1),
+            text_b: pairs.then_some(1),
             label: texts,
             header: first.last() == Some(&"label"),
-        })
+        }
     }
 }
 
+/// The examples of a file.
 pub fn read(task: &Task, path: &Path) -> Result<Vec<Example>> {
+    let mut examples = Vec::new();
+    let layout = |first: &[&str]| Ok(Layout::of(task, first));
+    lines(path, layout, |line, texts, label| {
+        let unknown = || Error::Label {
+            file: path.to_owned(),
+            line,
+            label: label.chars().take(80).collect(),
+            known: task.labels.join(", "),
+        };
+        let [text_a, text_b] = texts;
+        examples.push(Example {
+            text_a: text_a.unwrap_or_default(),
+            text_b,
+            label: task.labels.iter().position(|l| l == label).ok_or_else(unknown)?,
+        });
+        Ok(())
+    })?;
+    if examples.is_empty() {
+        let detail = format!("{} has no example", path.display());
+        return Err(refused(&task.name, detail));
+    }
+    Ok(examples)
+}
+
+/// The labels of a file, sorted, and whether it has pairs of texts.
+pub fn labels(path: &Path) -> Result<(Vec<String>, bool)> {
+    let (mut found, mut pairs) = (BTreeSet::new(), false);
+    let layout = |first: &[&str]| match first.len() {
+        2 | 3 => {
+            pairs = first.len() == 3;
+            Ok(Layout::plain(pairs, first))
+        }
+        n => Err(format!(
+            "{n} columns: give lines of text and label, or two texts and label, between tabs, or name the columns in a task file"
+        )),
+    };
+    lines(path, layout, |_, _, label| {
+        if !found.contains(label) {
+            found.insert(label.to_owned());
+        }
+        Ok(())
+    })?;
+    Ok((found.into_iter().collect(), pairs))
+}
+
+/// Calls `each` with the number, texts and label of every line that has them; `layout` says where, from the first line.
+fn lines(
+    path: &Path,
+    layout: impl FnOnce(&[&str]) -> std::result::Result<Layout, String>,
+    mut each: impl FnMut(usize, [Option<String>; 2], &str) -> Result<()>,
+) -> Result<()> {
     let bytes = files::read(path, MAX_FILE)?;
     let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);
-    let mut layout = None;
-    let mut examples = Vec::new();
+    let (mut first, mut known) = (Some(layout), None);
     for (number, line) in bytes.split(|b| *b == b'\n').enumerate() {
         let number = number + 1;
         let bad = |detail: String| Error::Line {
@@ -84,13 +141,13 @@ pub fn read(task: &Task, path: &Path) -> Result<Vec<Example>> {
             continue;
         }
         let columns: Vec<&str> = line.split('\t').collect();
-        if layout.is_none() {
-            let first = layout.insert(Layout::of(task, &columns));
-            if first.header {
+        if let Some(layout) = first.take() {
+            let layout = known.insert(layout(&columns).map_err(bad)?);
+            if layout.header {
                 continue;
             }
         }
-        let layout = layout.as_ref().expect("set by the first line");
+        let layout: &Layout = known.as_ref().expect("set by the first line");
         if columns.len() != layout.columns {
             let (found, wanted) = (columns.len(), layout.columns);
             let detail = format!(
@@ -102,22 +159,8 @@ pub fn read(task: &Task, path: &Path) -> Result<Vec<Example>> {
             "" => Err(bad("an empty text: remove the line".into())),
             text => Ok(text.to_owned()),
         };
-        let label = columns[layout.label].trim();
-        let unknown = || Error::Label {
-            file: path.to_owned(),
-            line: number,
-            label: label.chars().take(80).collect(),
-            known: task.labels.join(", "),
-        };
-        examples.push(Example {
-            text_a: text(layout.text_a)?,
-            text_b: layout.text_b.map(text).transpose()?,
-            label: task.labels.iter().position(|l| l == label).ok_or_else(unknown)?,
-        });
+        let texts = [Some(text(layout.text_a)?), layout.text_b.map(text).transpose()?];
+        each(number, texts, columns[layout.label].trim())?;
     }
-    if examples.is_empty() {
-        let detail = format!("{} has no example", path.display());
-        return Err(refused(&task.name, detail));
-    }
-    Ok(examples)
+    Ok(())
 }

@@ -58,6 +58,8 @@ pub struct Task {
     pub words: Vec<String>,
     /// What is reported.
     pub metric: Metric,
+    /// Whether examples are pairs of texts.
+    pub pairs: bool,
     masked: Option<Template>,
     causal: Option<Template>,
     columns: Option<Columns>,
@@ -135,6 +137,30 @@ impl Task {
         Self::parse(&path.to_string_lossy(), &files::read(path, MAX_FILE)?)
     }
 
+    /// Texts of these labels, for a classifier that is trained: there is no template to prompt with, and labels stand for their words.
+    pub fn of_labels(labels: Vec<String>, pairs: bool) -> Self {
+        Task {
+            name: "texts".into(),
+            words: labels.clone(),
+            labels,
+            metric: Metric::Accuracy,
+            pairs,
+            masked: None,
+            causal: None,
+            columns: None,
+        }
+    }
+
+    /// As [`Task::of_labels`], the labels being those of a data file of `text<TAB>label` or `text<TAB>text<TAB>label`.
+    ///
+    /// # Errors
+    /// As [`Task::examples`]; and if the file has other columns, or not 2 to 1024 labels.
+    pub fn of_data(path: &Path) -> Result<Self> {
+        let (labels, pairs) = data::labels(path)?;
+        check_labels(labels.len()).map_err(|detail| refused(&path.to_string_lossy(), detail))?;
+        Ok(Task::of_labels(labels, pairs))
+    }
+
     /// Takes a task file's content; `file` is its name in errors.
     pub fn parse(file: &str, bytes: &[u8]) -> Result<Self> {
         let description: Description =
@@ -161,14 +187,6 @@ impl Task {
         template.as_ref().ok_or_else(missing)
     }
 
-    /// Whether examples are pairs of texts.
-    pub fn pairs(&self) -> bool {
-        self.masked
-            .as_ref()
-            .or(self.causal.as_ref())
-            .is_some_and(Template::pairs)
-    }
-
     /// Reads a data file. One with the columns that the task names in its header; or else lines of `text<TAB>label`, or
     /// `text<TAB>text<TAB>label` for pairs, below a header whose last column is `label` or none. Quotes stand for themselves;
     /// a byte-order mark, line ends of either kind and empty lines are passed over.
@@ -178,6 +196,13 @@ impl Task {
     /// word; and if the file cannot be read or has no example.
     pub fn examples(&self, path: &Path) -> Result<Vec<Example>> {
         data::read(self, path)
+    }
+}
+
+fn check_labels(count: usize) -> std::result::Result<(), String> {
+    match count {
+        2..=MAX_LABELS => Ok(()),
+        _ => Err(format!("{count} labels; 2 to {MAX_LABELS} are possible")),
     }
 }
 
@@ -201,22 +226,16 @@ impl TryFrom<Description> for Task {
         let masked = template(Family::Masked, d.masked)?;
         let causal = template(Family::Causal, d.causal)?;
         let pairs: Vec<bool> = masked.iter().chain(&causal).map(Template::pairs).collect();
-        match (pairs.first(), &d.columns) {
-            (None, _) => return Err("no template: add \"masked\" or \"causal\"".into()),
-            (Some(first), _) if pairs.iter().any(|p| p != first) => {
-                return Err("one template has two texts, the other one: give both the same".into());
-            }
-            (Some(pairs), Some(columns)) if *pairs != columns.text_b.is_some() => {
-                return Err("the columns do not name the texts that the template has".into());
-            }
-            _ => {}
+        let Some(&first) = pairs.first() else {
+            return Err("no template: add \"masked\" or \"causal\"".into());
+        };
+        if pairs.iter().any(|p| *p != first) {
+            return Err("one template has two texts, the other one: give both the same".into());
         }
-        if !(2..=MAX_LABELS).contains(&d.verbalizer.len()) {
-            let count = d.verbalizer.len();
-            return Err(format!(
-                "a verbalizer with {count} labels; 2 to {MAX_LABELS} are possible"
-            ));
+        if d.columns.as_ref().is_some_and(|c| c.text_b.is_some() != first) {
+            return Err("the columns do not name the texts that the template has".into());
         }
+        check_labels(d.verbalizer.len()).map_err(|e| format!("a verbalizer with {e}"))?;
         for (label, word) in &d.verbalizer {
             if word.trim().is_empty() || word.trim() != word {
                 return Err(format!(
@@ -237,6 +256,7 @@ impl TryFrom<Description> for Task {
             labels,
             words,
             metric,
+            pairs: first,
             masked,
             causal,
             columns: d.columns,

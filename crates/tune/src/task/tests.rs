@@ -187,11 +187,42 @@ fn glue_files_are_read_by_their_columns() {
 }
 
 #[test]
+fn a_file_says_its_labels_by_itself() {
+    let dir = tempfile::tempdir().unwrap();
+    let task = |content: &str| {
+        let path = dir.path().join("data.tsv");
+        std::fs::write(&path, content).unwrap();
+        Task::of_data(&path)
+    };
+    let single = task("text\tlabel\nso so\tmiddling\ngood\tabove \nbad\tbelow\ngood\tabove\n").unwrap();
+    assert_eq!(
+        (single.labels.as_slice(), single.pairs),
+        (&["above", "below", "middling"].map(String::from)[..], false)
+    );
+    assert_eq!(
+        texts(&read(&single, "fine\tmiddling\n").unwrap()),
+        [("fine", None, 2)]
+    );
+    assert!(single.template(Family::Masked).is_err());
+    assert!(task("a\tb\tyes\nc\td\tno\n").unwrap().pairs);
+    for (content, part) in [
+        ("secret\tpos\nsecret\tpos\n", "1 labels; 2 to 1024"),
+        ("a\tb\tc\td\n", "4 columns: give lines of text and label"),
+        ("secret\tpos\nsecret\n", "line 2: 1 columns, not 2"),
+        ("", "0 labels"),
+    ] {
+        let error = task(content).unwrap_err().to_string();
+        assert!(error.contains("data.tsv") && error.contains(part), "{error}");
+        assert!(!error.contains("secret"), "{error}");
+    }
+}
+
+#[test]
 fn bad_lines_are_named_and_their_texts_are_not() {
     let cases: [(&[u8], &str); 5] = [
         (
             b"secret\tpos\nsecret\tbad\n",
-            "line 2: label \"bad\" has no word in the verbalizer, which knows neg, pos",
+            "line 2: label \"bad\" is none of the task, which knows neg, pos",
         ),
         (b"secret\tpos\nsecret pos\n", "line 2: 1 columns, not 2"),
         (b"secret\tpos\n\nsecret\t\xff\n", "line 3: not UTF-8"),

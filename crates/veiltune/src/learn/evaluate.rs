@@ -8,7 +8,6 @@ use serde::Serialize;
 use veiltune_adapt::cache::Source;
 use veiltune_adapt::evaluate::{Arithmetic, Evaluation, Model, evaluate};
 use veiltune_adapt::train::Pictures;
-use veiltune_hub::dataset::Split;
 use veiltune_nn::load::Classifier;
 
 use super::{Bar, DataArgs, Labelled, Views, all_reads, interruptible};
@@ -31,8 +30,8 @@ pub struct EvaluateArgs {
     arithmetic: ArithmeticArg,
     /// Print one JSON object to standard output instead of text
     ///
-    /// Its members: adapter, backbone, arithmetic, pictures (or texts), skipped (unreadable ones), accuracy (0 to 1), loss (mean
-    /// cross-entropy), beyond_range (pictures that leave a calibrated range so far that they have no result; they count as wrong).
+    /// Its members: adapter, backbone, arithmetic, pictures (or texts), skipped (unreadable ones), accuracy (0 to 1), f1
+    /// (for texts of a task that reports it), loss (mean cross-entropy), beyond_range (pictures that leave a calibrated range so far that they have no result; they count as wrong).
     #[arg(long)]
     json: bool,
 }
@@ -66,6 +65,8 @@ struct Summary {
     pictures: usize,
     skipped: usize,
     accuracy: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    f1: Option<f64>,
     loss: f64,
     beyond_range: usize,
 }
@@ -82,7 +83,7 @@ pub fn run(args: &EvaluateArgs) -> Result<()> {
         named.unwrap_or("the embedded one"),
     )?;
     let source = preparation.source();
-    let labelled = args.data.open(source, &args.data.data, Split::Test, "--data")?;
+    let labelled = args.data.open_test(source, classifier.config.method.labels())?;
     let noun = labelled.noun();
     check_classes(
         noun,
@@ -105,6 +106,7 @@ pub fn run(args: &EvaluateArgs) -> Result<()> {
         pictures: labelled.examples().len(),
         skipped: labelled.skipped,
         accuracy: result.accuracy,
+        f1: labelled.f1(&result.predicted),
         loss: result.loss,
         beyond_range: result.beyond,
     };
@@ -114,11 +116,17 @@ pub fn run(args: &EvaluateArgs) -> Result<()> {
             n => format!("; {n} are beyond a calibrated range and count as wrong"),
         };
         format!(
-            "{:.2} % of {} {noun}{beyond}\n",
+            "{:.2} % of {} {noun}{}{beyond}\n",
             100.0 * summary.accuracy,
-            summary.pictures
+            summary.pictures,
+            said(summary.f1)
         )
     })
+}
+
+/// F1 as a part of a sentence.
+pub fn said(f1: Option<f64>) -> String {
+    f1.map_or(String::new(), |f1| format!(", F1 {:.2} %", 100.0 * f1))
 }
 
 /// Refuses pictures or texts of other classes than the adapter's, naming the first that differs.

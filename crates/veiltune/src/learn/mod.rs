@@ -19,7 +19,7 @@ use veiltune_hub::{Augment, Dataset, Pooling, TextForm, adapter, files};
 use veiltune_nn::encoder::Tuning;
 use veiltune_nn::load::{Classifier, Served};
 use veiltune_nn::{Backbone, Method, Read, TextEncoder};
-use veiltune_tune::Task;
+use veiltune_tune::{Metric, Task};
 use veiltune_wire::Network;
 
 use crate::inputs;
@@ -29,16 +29,17 @@ use crate::{Error, Result};
 /// Pictures or texts, and the backbone that sees them.
 #[derive(Args, Clone, Debug)]
 pub struct DataArgs {
-    /// Labelled pictures: an image folder, CIFAR files, or an IDX folder; with --task a file of labelled texts
+    /// Labelled pictures: an image folder, CIFAR files, or an IDX folder; or a file of labelled texts, .tsv or .txt
     ///
     /// An image folder has a folder of PNG or JPEG files for each class, perhaps once more below train/ and test/ (or val/).
     /// CIFAR-10 and CIFAR-100 are read in their binary format, one file or a folder of them; IDX is the format of MNIST and
-    /// Fashion-MNIST. Texts are lines of `text<TAB>label`, or in the layout of the task.
+    /// Fashion-MNIST. Texts are lines of `text<TAB>label` or `text<TAB>text<TAB>label`, or in the layout of the task.
     #[arg(long, value_name = "PATH")]
     pub data: PathBuf,
     /// The data are texts of this task, as for `veiltune tune`: sst-2, yelp, ag-news, mrpc, rte, nsmc, or a task file
     ///
-    /// Of the task the labels and the columns of its files are used; templates and words are not.
+    /// Of the task the labels, the columns of its files and the metric are used; templates and words are not. Without it the labels
+    /// are those of the file.
     #[arg(long, value_name = "TASK", requires = "backbone")]
     pub task: Option<String>,
     /// The public backbone: a folder, or a model of the hub as OWNER/NAME [default: the embedded one, which sees pictures]
@@ -52,7 +53,7 @@ pub struct DataArgs {
     #[arg(long, visible_alias = "texts", value_name = "N")]
     pub pictures: Option<usize>,
     /// Leave out pictures that cannot be read, naming and counting them; without this the first one is an error
-    #[arg(long, conflicts_with = "task")]
+    #[arg(long)]
     pub skip_unreadable: bool,
     /// Folder for the backbone's hidden states [default: veiltune in the user's cache folder]
     ///
@@ -82,21 +83,64 @@ impl DataArgs {
         let name = self.backbone.as_deref();
         Ok(match self.task()? {
             Some(task) => Base::Texts(Box::new(inputs::encoder(name, form.form(&task))?)),
+            None if form.tokens.is_some() || form.pooling.is_some() => {
+                return Err(Error::Input(
+                    "--tokens and --pooling are for texts: give a file of them to --data (.tsv or .txt), or their --task".into(),
+                ));
+            }
             None => Base::Pictures(Box::new(inputs::backbone(name)?)),
         })
     }
 
+    /// The task, if the data are texts.
     fn task(&self) -> Result<Option<Task>> {
-        let named = |name: &String| Task::named(name).map_err(|e| Error::Input(format!("--task: {e}")));
-        self.task.as_ref().map(named).transpose()
+        match &self.task {
+            Some(name) => Task::named(name)
+                .map(Some)
+                .map_err(|e| Error::Input(format!("--task: {e}"))),
+            None if self.is_text_file() => Task::of_data(&self.data).map(Some).map_err(of_texts("--data")),
+            None => Ok(None),
+        }
+    }
+
+    fn is_text_file(&self) -> bool {
+        let extension = self.data.extension().and_then(|e| e.to_str()).unwrap_or_default();
+        ["tsv", "txt"].iter().any(|e| extension.eq_ignore_ascii_case(e))
     }
 
     /// The labelled data at `path`, which came with `option`, as `source` sees them.
     pub fn open(&self, source: Source, path: &Path, split: Split, option: &str) -> Result<Labelled> {
-        match (source, self.task()?) {
+        self.open_as(self.task()?, source, path, split, option)
+    }
+
+    /// The labelled data to test an adapter of these labels on.
+    pub fn open_test(&self, source: Source, labels: &[String]) -> Result<Labelled> {
+        let task = match (&self.task, source) {
+            // A file of texts need not have all of the labels.
+            (None, Source::Texts(encoder)) if self.is_text_file() => {
+                Some(Task::of_labels(labels.to_vec(), encoder.form().pairs))
+            }
+            _ => self.task()?,
+        };
+        self.open_as(task, source, &self.data, Split::Test, "--data")
+    }
+
+    fn open_as(
+        &self,
+        task: Option<Task>,
+        source: Source,
+        path: &Path,
+        split: Split,
+        option: &str,
+    ) -> Result<Labelled> {
+        match (source, task) {
+            (Source::Texts(_), Some(_)) if self.skip_unreadable => Err(Error::Input(
+                "--skip-unreadable is for pictures: leave it out".into(),
+            )),
             (Source::Texts(encoder), Some(task)) => self.texts(encoder, &task, path, option),
             (Source::Texts(_), None) => Err(Error::Input(
-                "the adapter is for texts: give their task to --task and a file of them to --data".into(),
+                "the adapter is for texts: give a file of them to --data (.tsv or .txt), or their --task"
+                    .into(),
             )),
             (_, Some(_)) => Err(Error::Input(
                 "the adapter is for pictures, not for texts: leave --task out, and give pictures to --data"
@@ -113,17 +157,14 @@ impl DataArgs {
     }
 
     fn texts(&self, encoder: &TextEncoder, task: &Task, path: &Path, option: &str) -> Result<Labelled> {
-        let of_data = |e: &dyn std::fmt::Display| {
-            Error::Input(format!("{e}; give labelled texts of the --task to {option}"))
-        };
-        let mut examples = task.examples(path).map_err(|e| of_data(&e))?;
+        let mut examples = task.examples(path).map_err(of_texts(option))?;
         if let Some(n) = self.pictures.filter(|n| *n < examples.len()) {
             let labels: Vec<u32> = examples.iter().map(|e| e.label as u32).collect();
             let share = n as f64 / labels.len() as f64;
             let kept = cache::split(&labels, share, 0).1;
             examples = kept.iter().map(|&i| examples[i].clone()).collect();
         }
-        let texts = Texts::new(encoder, &examples, task.labels.clone()).map_err(|e| of_data(&e))?;
+        let texts = Texts::new(encoder, &examples, task.labels.clone()).map_err(of_texts(option))?;
         match texts.cut() {
             0 => {}
             cut => eprintln!(
@@ -134,7 +175,7 @@ impl DataArgs {
             ),
         }
         Ok(Labelled {
-            data: Data::Texts(texts),
+            data: Data::Texts(texts, task.metric),
             skipped: 0,
         })
     }
@@ -250,10 +291,10 @@ impl Views {
 #[derive(Args, Clone, Debug)]
 pub struct FormArgs {
     /// Most tokens of a text, special ones included; longer texts are cut, from shorter ones nobody learns their length [default: 128]
-    #[arg(long, value_name = "N", requires = "task")]
+    #[arg(long, value_name = "N")]
     pub tokens: Option<usize>,
     /// What stands for a whole text [default: mean]
-    #[arg(long, value_enum, value_name = "WHAT", requires = "task")]
+    #[arg(long, value_enum, value_name = "WHAT")]
     pub pooling: Option<PoolingArg>,
 }
 
@@ -274,7 +315,7 @@ impl FormArgs {
                 None | Some(PoolingArg::Mean) => Pooling::Mean,
                 Some(PoolingArg::Class) => Pooling::Class,
             },
-            pairs: task.pairs(),
+            pairs: task.pairs,
         }
     }
 }
@@ -306,7 +347,8 @@ pub struct Labelled {
 
 enum Data {
     Pictures(Dataset),
-    Texts(Texts),
+    /// And what is reported of them.
+    Texts(Texts, Metric),
 }
 
 impl Labelled {
@@ -314,7 +356,7 @@ impl Labelled {
     pub fn examples(&self) -> Examples<'_> {
         match &self.data {
             Data::Pictures(dataset) => Examples::Pictures(dataset),
-            Data::Texts(texts) => Examples::Texts(texts),
+            Data::Texts(texts, _) => Examples::Texts(texts),
         }
     }
 
@@ -322,8 +364,17 @@ impl Labelled {
     pub fn noun(&self) -> &'static str {
         match self.data {
             Data::Pictures(_) => "pictures",
-            Data::Texts(_) => "texts",
+            Data::Texts(..) => "texts",
         }
+    }
+
+    /// F1 of what was predicted, for texts of which that is reported.
+    pub fn f1(&self, predicted: &[u32]) -> Option<f64> {
+        let Data::Texts(texts, metric @ Metric::F1 { .. }) = &self.data else {
+            return None;
+        };
+        let numbers = |of: &[u32]| -> Vec<usize> { of.iter().map(|&l| l as usize).collect() };
+        Some(metric.of(&numbers(predicted), &numbers(texts.labels())))
     }
 
     /// Refuses data of other classes; those of texts are their task's.
@@ -395,6 +446,11 @@ pub fn interruptible() -> Result<Arc<AtomicBool>> {
     })
     .map_err(|e| Error::io("catching interruptions")(std::io::Error::other(e)))?;
     Ok(flag)
+}
+
+/// The error of a file of texts that came with `option`.
+fn of_texts<E: std::fmt::Display>(option: &str) -> impl FnOnce(E) -> Error {
+    move |e| Error::Input(format!("{e}; give labelled texts to {option}"))
 }
 
 /// Seconds as people say them.

@@ -194,6 +194,9 @@ struct Test {
     pictures: usize,
     skipped: usize,
     accuracy: f64,
+    /// Of texts whose task reports it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    f1: Option<f64>,
     loss: f64,
 }
 
@@ -298,6 +301,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
             pictures: tested.examples().len(),
             skipped: tested.skipped,
             accuracy: result.accuracy,
+            f1: tested.f1(&result.predicted),
             loss: result.loss,
         });
     }
@@ -386,10 +390,11 @@ impl Summary {
         }
         if let Some(test) = &self.figures.test {
             text += &format!(
-                ", test {} of {} {}",
+                ", test {} of {} {}{}",
                 percent(test.accuracy),
                 test.pictures,
-                self.noun
+                self.noun,
+                evaluate::said(test.f1)
             );
         }
         text += &format!(

@@ -89,7 +89,7 @@ pub fn run(args: &TextArgs, keys: &std::path::Path, network: Network, wait: f64,
     let wait = Duration::try_from_secs_f64(wait).map_err(|e| Error::Input(format!("wait: {e}")))?;
     let station = Station::new(Role::DataOwner, keys, network, wait)?;
     let artefact = Artefact::read(dir).map_err(tune)?;
-    let lines = inputs::lines(file, artefact.task.pairs())?;
+    let lines = inputs::lines(file, artefact.task.pairs)?;
     let example = |line: inputs::Line| Example {
         text_a: line.first,
         text_b: line.second,
