@@ -16,7 +16,7 @@ use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 
 use crate::optim::{Optimizer, Rule, cosine};
-use crate::workers::Workers;
+use crate::workers::{Seen, Workers};
 use crate::{Error, Result, Variables};
 
 /// Shrinkages to choose from.
@@ -54,6 +54,7 @@ pub struct Means<'a> {
     pub seed: u64,
     /// Ends it with [`Error::Interrupted`].
     pub interrupted: &'a AtomicBool,
+    pub seen: &'a Seen<'a>,
 }
 
 /// What is chosen.
@@ -117,7 +118,14 @@ impl Discriminant {
         moments.add(&held.moments(means.workers));
         let found = moments.solve(choice.shrinkage)?.cooled(choice.temperature);
         let found = match choice.dropout {
-            Some(dropout) => found.descend(&all, dropout, means)?,
+            Some(dropout) => {
+                let what = (means.seen, "fitting a classifier");
+                let own = (means.seed, means.interrupted);
+                let fits = means
+                    .workers
+                    .shown(what, &[dropout], |dropout| found.descend(&all, *dropout, own));
+                fits.into_iter().collect::<Result<Vec<_>>>()?.remove(0)
+            }
             None => found,
         };
         // From standardised features, whose mean is zero, to those that are given.
@@ -302,8 +310,13 @@ impl Classifier {
         }
     }
 
-    /// Descends on the cross-entropy of `examples`.
-    fn descend(&self, examples: &Standardised, dropout: f64, means: Means) -> Result<Classifier> {
+    /// Descends on the cross-entropy of `examples`, in an order of that seed.
+    fn descend(
+        &self,
+        examples: &Standardised,
+        dropout: f64,
+        (seed, interrupted): (u64, &AtomicBool),
+    ) -> Result<Classifier> {
         let (width, classes) = (examples.width, examples.classes);
         let shapes = [
             ("bias".to_owned(), vec![classes]),
@@ -319,13 +332,13 @@ impl Classifier {
         let (bias, weight) = (vars.vars()[0].clone(), vars.vars()[1].clone());
         let peak = (RATE * self.weight.norm_l2() / ((width * classes) as f64).sqrt()) as f32;
         let mut optimizer = Optimizer::new(Rule::ADAMW, 0.0, f32::INFINITY, &vars);
-        let mut rng = StdRng::seed_from_u64(means.seed);
+        let mut rng = StdRng::seed_from_u64(seed);
         let mut order: Vec<usize> = (0..examples.labels.len()).collect();
         let steps = order.len().div_ceil(BATCH) * EPOCHS;
         let kept = (1.0 / (1.0 - dropout)) as f32;
         let mut step = 0;
         for _ in 0..EPOCHS {
-            if means.interrupted.load(Relaxed) {
+            if interrupted.load(Relaxed) {
                 return Err(Error::Interrupted);
             }
             order.shuffle(&mut rng);
@@ -395,8 +408,10 @@ fn choose(fitted: &Standardised, held: &Standardised, moments: &Moments, means: 
     if held.labels.is_empty() {
         return Ok(few);
     }
-    let analyses = means.workers.map(&SHRINKAGES, |&shrinkage| {
-        if means.interrupted.load(Relaxed) {
+    let (seed, interrupted) = (means.seed, means.interrupted);
+    let what = (means.seen, "choosing how a classifier is fitted");
+    let analyses = means.workers.shown(what, &SHRINKAGES, |&shrinkage| {
+        if interrupted.load(Relaxed) {
             return Err(Error::Interrupted);
         }
         let found = moments.solve(shrinkage)?;
@@ -419,8 +434,8 @@ fn choose(fitted: &Standardised, held: &Standardised, moments: &Moments, means: 
         .min_by(likelier)
         .unwrap_or((f64::INFINITY, few));
     let start = moments.solve(choice.shrinkage)?.cooled(choice.temperature);
-    let descents = means.workers.map(&DROPOUTS, |&dropout| {
-        let found = start.descend(fitted, dropout, means)?;
+    let descents = means.workers.shown(what, &DROPOUTS, |&dropout| {
+        let found = start.descend(fitted, dropout, (seed, interrupted))?;
         let logits = logits(&found.weight, &found.bias, held.rows());
         let dropout = Some(dropout);
         Ok((
@@ -465,6 +480,7 @@ mod tests {
             workers: &Workers::new(2).unwrap(),
             seed: 1,
             interrupted: &AtomicBool::new(false),
+            seen: &|_, _, _| (),
         };
         Discriminant::fit(examples, choice, means)
     }

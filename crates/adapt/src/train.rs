@@ -4,6 +4,7 @@
 //! turn, all in the same view in an epoch, in the last one as in testing: what batch norms average then is what they will meet.
 //! What comes out are the parameters after the epoch that the validation pictures like best.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -25,7 +26,7 @@ use crate::checkpoint::{self, Checkpoint};
 use crate::optim::{Optimizer, Rule, cosine, cross_entropy, gradients};
 pub use crate::plot::CURVE_FILE;
 use crate::variables::{dropped, normal, usual_init};
-use crate::workers::Workers;
+use crate::workers::{Seen, Workers};
 use crate::{Error, Result, Variables, evaluate, plot, warm};
 
 /// How to train. The default is the paper's: SGD, 20 epochs, batches of 50.
@@ -179,6 +180,15 @@ pub struct Start {
 /// What is told of training as it goes on.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Event {
+    /// Before training, where it starts is computed, in several steps.
+    Starting {
+        /// This one.
+        what: &'static str,
+        /// Parts of it that are done.
+        done: usize,
+        /// In all.
+        of: usize,
+    },
     /// A step or an epoch.
     Trained(Progress),
     /// After training: of so many passes of a picture, which calibrate ranges and measure accuracies, so many are done.
@@ -272,7 +282,7 @@ pub struct Report {
 /// is no longer finite. [`Error::Settings`] if the folder has another run's state.
 pub fn train(task: &Task, progress: &mut dyn FnMut(Event), interrupted: &AtomicBool) -> Result<Trained> {
     let workers = Workers::new(task.threads)?;
-    let mut run = Run::start(task, &workers, interrupted)?;
+    let mut run = Run::start(task, &workers, progress, interrupted)?;
     run.until(task.settings.epochs, progress, interrupted)?;
     run.finish(progress, interrupted)
 }
@@ -286,7 +296,7 @@ pub fn train_until(
     interrupted: &AtomicBool,
 ) -> Result<(Option<Start>, Vec<Epoch>)> {
     let workers = Workers::new(task.threads)?;
-    let mut run = Run::start(task, &workers, interrupted)?;
+    let mut run = Run::start(task, &workers, progress, interrupted)?;
     run.until(epochs.min(task.settings.epochs), progress, interrupted)?;
     Ok((run.done.start, run.done.curve))
 }
@@ -325,7 +335,7 @@ const AVERAGES: [&str; 2] = ["running_mean", "running_var"];
 impl<'a> Model<'a> {
     fn new(method: &'a Method, backbone: Option<&Backbone>, seed: u64) -> Result<Self> {
         let b = Plain::new();
-        let public = std::cell::RefCell::new(BTreeMap::new());
+        let public = RefCell::new(BTreeMap::new());
         let shapes = inventory(&b, |p| {
             let public = Params::new(|name, dims: &[usize]| {
                 let tensor = constant(backbone, name, dims)?;
@@ -529,7 +539,12 @@ impl<'a> Run<'a> {
         best(self.done.start, &self.done.curve)
     }
 
-    fn start(task: &'a Task<'a>, workers: &'a Workers, interrupted: &AtomicBool) -> Result<Self> {
+    fn start(
+        task: &'a Task<'a>,
+        workers: &'a Workers,
+        progress: &mut dyn FnMut(Event),
+        interrupted: &AtomicBool,
+    ) -> Result<Self> {
         task.settings.check()?;
         task.method.check()?;
         if task.settings.epochs == 0 && !has_start(task) {
@@ -574,19 +589,21 @@ impl<'a> Run<'a> {
         {
             run.resume(done, &tensors)?;
         } else {
-            run.warm_up(interrupted)?;
+            run.warm_up(progress, interrupted)?;
         }
         Ok(run)
     }
 
     /// Begins with what a discriminant analysis finds, and keeps that.
-    fn warm_up(&mut self, interrupted: &AtomicBool) -> Result<()> {
+    fn warm_up(&mut self, progress: &mut dyn FnMut(Event), interrupted: &AtomicBool) -> Result<()> {
         let task = self.task;
         if !has_start(task) {
             self.kept = self.model.tensors()?;
             return Ok(());
         }
-        let found = self.ground(interrupted).start(task.method)?;
+        let progress = RefCell::new(progress);
+        let seen = |what, done, of| (progress.borrow_mut())(Event::Starting { what, done, of });
+        let found = self.ground(interrupted, &seen).start(task.method)?;
         self.model.set(found)?;
         self.kept = self.model.tensors()?;
         self.done.start = self.validate()?.map(|v| Start {
@@ -600,6 +617,7 @@ impl<'a> Run<'a> {
     fn ground<'b>(
         &'b self,
         interrupted: &'b AtomicBool,
+        seen: &'b Seen<'b>,
     ) -> warm::Ground<'b, impl Fn(&str, &[usize]) -> veiltune_engine::Result<Tensor> + Sync> {
         let model = &self.model;
         let initial = |name: &str, dims: &[usize]| match (model.vars.get(name), model.constants.get(name)) {
@@ -614,6 +632,7 @@ impl<'a> Run<'a> {
             workers: self.workers,
             seed: seed_of(self.task.settings.seed, [0, u64::MAX]),
             interrupted,
+            seen,
         }
     }
 
@@ -968,7 +987,7 @@ mod tests {
     fn step(event: Event) -> Option<usize> {
         match event {
             Event::Trained(p) => Some(p.step),
-            Event::Measured { .. } => None,
+            Event::Starting { .. } | Event::Measured { .. } => None,
         }
     }
 
@@ -981,9 +1000,14 @@ mod tests {
         let (mut last, mut measured) = (0, 0);
         // Ranges on every view, then accuracies.
         let passes = (states.views() + 1) * task.train.which.len() + task.validation.which.len();
+        let mut starting = Vec::new();
         let watch = &mut |event| {
             let p = match event {
                 Event::Trained(p) => p,
+                Event::Starting { what, done, of } => {
+                    assert_eq!((last, measured), (0, 0));
+                    return starting.push((what, done, of));
+                }
                 Event::Measured { done, of, .. } => {
                     assert!(measured < done && done <= of);
                     measured = done;
@@ -998,6 +1022,14 @@ mod tests {
         let trained = train(&task, watch, &AtomicBool::new(false)).unwrap();
         assert_eq!(epochs, trained.report.curve);
         assert_eq!(measured, passes);
+        // Each step of the start begins with nothing done and goes on part by part to its end.
+        let mut steps = starting.iter();
+        while let Some((what, 0, of)) = steps.next() {
+            let parts = (1..=*of).map(|done| (*what, done, *of));
+            assert!(steps.by_ref().take(*of).copied().eq(parts), "{starting:?}");
+        }
+        assert!(steps.next().is_none(), "{starting:?}");
+        assert_eq!(starting.is_empty(), !has_start(&task));
         let (first, ended) = (epochs[0], epochs[epochs.len() - 1]);
         assert!(ended.train_loss < 0.8 * first.train_loss, "{first:?} {ended:?}");
         assert!(trained.report.train_accuracy >= least, "{:?}", trained.report);
@@ -1084,9 +1116,9 @@ mod tests {
             let (states, settings) = (world.states(&method), settings());
             let task = world.task(&method, &states, &settings);
             let (workers, interrupted) = (Workers::new(2).unwrap(), AtomicBool::new(false));
-            let mut run = Run::start(&task, &workers, &interrupted).unwrap();
+            let mut run = Run::start(&task, &workers, &mut |_| (), &interrupted).unwrap();
             let (analysis, values) = {
-                let ground = run.ground(&interrupted);
+                let ground = run.ground(&interrupted, &|_, _, _| ());
                 let analysis = ground.analyse(config).unwrap();
                 let values = ground.adapters(config, &analysis).unwrap();
                 (analysis, values)

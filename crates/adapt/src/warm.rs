@@ -20,7 +20,7 @@ use veiltune_nn::{Method, Private, Read};
 
 use crate::discriminant::{Choice, Discriminant, Examples, Means};
 use crate::train::Pictures;
-use crate::workers::Workers;
+use crate::workers::{Seen, Workers};
 use crate::{Error, Result};
 
 /// Pictures of one pass.
@@ -63,6 +63,7 @@ pub struct Ground<'a, F> {
     pub workers: &'a Workers,
     pub seed: u64,
     pub interrupted: &'a AtomicBool,
+    pub seen: &'a Seen<'a>,
 }
 
 impl<F: Fn(&str, &[usize]) -> veiltune_engine::Result<Tensor> + Sync> Ground<'_, F> {
@@ -78,13 +79,18 @@ impl<F: Fn(&str, &[usize]) -> veiltune_engine::Result<Tensor> + Sync> Ground<'_,
     }
 
     /// Of each pass over some of the pictures.
-    fn each<R: Send>(&self, pass: impl Fn(&[Tensor]) -> Result<R> + Sync) -> Result<Vec<R>> {
+    fn each<R: Send>(
+        &self,
+        what: &'static str,
+        pass: impl Fn(&[Tensor]) -> Result<R> + Sync,
+    ) -> Result<Vec<R>> {
         let passes: Vec<&[usize]> = self.pictures.which.chunks(PASS).collect();
         let one = |which: &&[usize]| match self.interrupted.load(Relaxed) {
             true => Err(Error::Interrupted),
             false => pass(&self.pictures.states.batch(0, which, self.reads)?),
         };
-        self.workers.map(&passes, one).into_iter().collect()
+        let results = self.workers.shown((self.seen, what), &passes, one);
+        results.into_iter().collect()
     }
 
     fn fit(
@@ -106,6 +112,7 @@ impl<F: Fn(&str, &[usize]) -> veiltune_engine::Result<Tensor> + Sync> Ground<'_,
             workers: self.workers,
             seed: self.seed,
             interrupted: self.interrupted,
+            seen: self.seen,
         };
         Discriminant::fit(&examples, choice, means)
     }
@@ -115,14 +122,15 @@ impl<F: Fn(&str, &[usize]) -> veiltune_engine::Result<Tensor> + Sync> Ground<'_,
         let (width, mut values) = (method.hidden_size(), Values::new());
         // A head that hands on what it is given.
         let bare = method.with_labels((0..width).map(|i| i.to_string()).collect());
+        let initial = &self.initial;
         let load = |name: &str, dims: &[usize]| -> veiltune_engine::Result<Tensor> {
             match name {
                 "head.weight" => Ok(Tensor::eye(width, DType::F32, &Device::Cpu)?),
                 "head.bias" => Ok(Tensor::zeros(width, DType::F32, &Device::Cpu)?),
-                _ => Ok((self.initial)(name, dims)?.detach()),
+                _ => Ok(initial(name, dims)?.detach()),
             }
         };
-        let rows = self.each(|inputs| {
+        let rows = self.each("reading states", |inputs| {
             let params = Params::new(load);
             let model: Private<Plain> = bare.load(&params, &params)?;
             numbers(&model.forward(&Plain::new(), inputs)?)
@@ -152,7 +160,7 @@ impl<F: Fn(&str, &[usize]) -> veiltune_engine::Result<Tensor> + Sync> Ground<'_,
         // What each part of the states says, to a linear classifier of all: of each picture the last class token's row, then
         // the class token's row and the tokens' mean of each state that an adapter reads.
         let width = (1 + 2 * s) * d;
-        let parts = self.each(|inputs| {
+        let parts = self.each("reading states", |inputs| {
             let mut parts = vec![class_row(&inputs[s])?];
             for state in &inputs[..s] {
                 parts.push(class_row(state)?);
@@ -202,7 +210,7 @@ impl<F: Fn(&str, &[usize]) -> veiltune_engine::Result<Tensor> + Sync> Ground<'_,
         // And which function of them, as they come out of the norm before the attention?
         let tensors = downs.iter().map(|(w, b)| Ok((matrix(w)?, vector(b.clone())?)));
         let downs: Vec<Down> = tensors.collect::<Result<_>>()?;
-        let parts = self.each(|inputs| {
+        let parts = self.each("reading what adapters are to see", |inputs| {
             let mut u = inputs[0].clone();
             let (mut parts, mut gains) = (Vec::new(), Vec::new());
             for i in 0..s {
@@ -383,7 +391,7 @@ impl<F: Fn(&str, &[usize]) -> veiltune_engine::Result<Tensor> + Sync> Ground<'_,
             .iter()
             .map(|(up, project)| Ok((matrix(up)?.t()?, matrix(project)?.t()?)));
         let tensors: Vec<(Tensor, Tensor)> = tensors.collect::<Result<_>>()?;
-        let passes = self.each(|inputs| {
+        let passes = self.each("running the adapters", |inputs| {
             let mut u = inputs[0].clone();
             let mut sums = Vec::new();
             for (i, (up, project)) in tensors.iter().enumerate() {

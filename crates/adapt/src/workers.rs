@@ -11,6 +11,9 @@ use crate::{Error, Result};
 /// the tensor library splits in a pool of its own, see [`UNSPLIT`].
 pub struct Workers(Vec<ThreadPool>);
 
+/// Hears what is being done, how many parts of it are done, and of how many.
+pub type Seen<'a> = dyn Fn(&'static str, usize, usize) + 'a;
+
 impl Workers {
     /// `count` threads.
     pub fn new(count: usize) -> Result<Self> {
@@ -47,6 +50,21 @@ impl Workers {
     /// `f` of each item, in the items' order; thread i takes the items i, i + count and so on.
     pub fn map<S: Sync, R: Send>(&self, items: &[S], f: impl Fn(&S) -> R + Sync) -> Vec<R> {
         self.watched(items, f, |_| ())
+    }
+
+    /// As [`Workers::map`]; `seen` hears here how much of `what` is done.
+    pub fn shown<S: Sync, R: Send>(
+        &self,
+        (seen, what): (&Seen, &'static str),
+        items: &[S],
+        f: impl Fn(&S) -> R + Sync,
+    ) -> Vec<R> {
+        let mut done = 0;
+        seen(what, done, items.len());
+        self.watched(items, f, |_| {
+            done += 1;
+            seen(what, done, items.len());
+        })
     }
 
     /// As [`Workers::map`]; `seen` hears here of each item that is done.

@@ -98,7 +98,7 @@ pub struct NormSpec {
 
 impl NormSpec {
     /// Largest sigma by smallest that fixed point has room for.
-    pub const RATIO: f64 = 1024.0;
+    pub const RATIO: f64 = 2048.0;
 }
 
 /// A function that has a bounded-range Fourier approximation.

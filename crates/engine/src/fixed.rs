@@ -242,11 +242,13 @@ impl Gates for Fixed {
         // The same ring elements are known in the same way.
         let carried = x.0.carried.clone().filter(|_| matches!(map, Local::Relabel(_)));
         let from = x.0.cell.borrow();
-        let cut = match (&x.0.cut, from.0.id) {
-            (Some((dealt, left)), None) => left.after(map).map(|left| Ok((map.apply(dealt)?, left))),
+        let cut = match &x.0.cut {
+            Some((dealt, left)) if from.0.id.is_none() => match left.after(map) {
+                Some(left) => Some((map.apply(dealt)?, left)),
+                None => None,
+            },
             _ => None,
         };
-        let cut: Option<(Ring, Carry)> = cut.transpose().map_err(|e: Error| e)?;
         let out = self.make(map.meta(&x.0.meta)?, map.apply(&x.0.value)?, carried, cut);
         if from.0.id.is_some() {
             let mask = from.1.as_ref().map(|m| map.apply(m)).transpose()?;

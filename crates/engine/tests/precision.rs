@@ -26,7 +26,7 @@ fn floats(values: &[f64]) -> Vec<f32> {
 #[test]
 fn reciprocals() -> Result<()> {
     let f = fixed();
-    for (low, high) in [(0.25, 256.0), (1.0, 8.0), (1e-3, 0.5)] {
+    for (low, high) in [(0.25, 256.0), (1.0, 8.0), (1e-3, 0.5), (2e-3, 300.0)] {
         let at = |u: f64| low * f64::powf(high / low, 0.5 + 0.5 * u);
         let mut x: Vec<f64> = uniform(1, COUNT).into_iter().map(at).collect();
         x[..4].copy_from_slice(&[low, high, low * (1.0 + 1e-4), high * (1.0 - 1e-4)]);
@@ -44,9 +44,19 @@ fn reciprocals() -> Result<()> {
 
 #[test]
 fn normalisations() -> Result<()> {
+    for (low, high) in [
+        (0.05, 8.0),
+        (0.05, 0.05 * NormSpec::RATIO),
+        (0.0311, 0.0311 * NormSpec::RATIO),
+    ] {
+        normalised(low, high)?;
+    }
+    Ok(())
+}
+
+fn normalised(low: f64, high: f64) -> Result<()> {
     const ROW: usize = 128;
     let f = fixed();
-    let (low, high) = (0.05, 8.0);
     let (size, values) = (uniform(2, COUNT / ROW), uniform(3, COUNT));
     // Each row has a deviation of its own, from one end of the range to the other, and a mean.
     let sigma = |row: usize| match row {

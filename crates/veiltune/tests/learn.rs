@@ -442,13 +442,16 @@ fn bad_pictures_are_named() {
         dir
     };
     fs::create_dir(world.at("empty")).unwrap();
-    let text = world.at("text.txt");
-    fs::write(&text, "label,pixels").unwrap();
+    let [table, text] = ["table.csv", "text.txt"].map(|name| world.at(name));
+    for path in [&table, &text] {
+        fs::write(path, "label,pixels").unwrap();
+    }
     let too_high = [vec![12], vec![0; 3072]].concat();
     for (data, parts) in [
         (world.at("empty"), ["empty", "no class folder"]),
         (world.at("absent"), ["absent", "No such file"]),
-        (text, ["text.txt", "no CIFAR file"]),
+        (table, ["table.csv", "no CIFAR file"]),
+        (text, ["text.txt", "text and label"]),
         (
             cifar("names", "train.bin", &[0; 3074], 99),
             ["fine_label_names.txt", "99 names"],

@@ -61,19 +61,19 @@ pub fn power<G: Gates>(
     let geometric = |i: usize| low * (high / low).powf(i as f64 / count as f64);
     let function = |v: f64| factor * v.powf(exponent);
 
-    // Scales: fourteen bits of v at the low end, thirteen of the slope at the high end.
+    // Scales: fourteen bits of v at the low end, thirteen of the slope at the high end, or, for a wide range, as many as fit: with
+    // eight it is off by less than a quarter of what the interpolation is.
     let coarse = ((15.0 - low.log2()).ceil().max(1.0) as u32).min(scale);
-    let slope_bits = (14.0 - (exponent.abs() * function(high) / high).log2())
-        .ceil()
-        .max(0.0) as u32;
-    let out = slope_bits + coarse;
-    let top = out as f64 + function(low).log2() + 1.0;
-    if top >= 62.0 {
+    let slope_at = |bits: f64| (bits - (exponent.abs() * function(high) / high).log2()).ceil();
+    let room = (61.0 - function(low).log2()).ceil() - 1.0 - f64::from(coarse);
+    if room < slope_at(9.0) {
         return Err(Error::program(
             "inverse",
             format!("a range of ratio 2^{octaves:.0} is too wide; calibrate a narrower one"),
         ));
     }
+    let slope_bits = slope_at(14.0).min(room).max(0.0) as u32;
+    let out = slope_bits + coarse;
     let fixed = |x: f64, scale: u32| (x * 2f64.powi(scale as i32)).round() as i64 as u64;
     // Intervals are told apart to within a sixteenth of the narrowest: v is taken for less or more by up to half of that, about knots
     // that lie in the middle between two whole numbers of it.

@@ -407,10 +407,10 @@ impl Trainer<'_> {
         let adapter = match &outcome.best {
             Some(best) => {
                 let bar = Bar::new("adapter");
-                let show = &mut |event| {
-                    if let Event::Measured { done, of, .. } = event {
-                        bar.at(done, of, "calibrating and measuring");
-                    }
+                let show = &mut |event| match event {
+                    Event::Starting { what, done, of } => bar.at(done, of, &format!("start: {what}")),
+                    Event::Measured { done, of, .. } => bar.at(done, of, "calibrating and measuring"),
+                    Event::Trained(_) => {}
                 };
                 let trained = self.with_task(best, |task| train(task, show, self.interrupted))?;
                 let dir = out.join(ADAPTER);
@@ -447,7 +447,13 @@ impl Evaluate for Trainer<'_> {
         let name = c.to_string();
         self.with_task(c, |task| {
             let show = &mut |event| {
-                let Event::Trained(p) = event else { return };
+                let p = match event {
+                    Event::Trained(p) => p,
+                    Event::Starting { what, done, of } => {
+                        return bar.at(done, of, &format!("{name}  start: {what}"));
+                    }
+                    Event::Measured { .. } => return,
+                };
                 bar.at(
                     p.step,
                     p.steps,

@@ -1,6 +1,8 @@
 //! `veiltune train`: from a backbone and labelled pictures or texts to an adapter that can be served.
 
+use std::cell::Cell;
 use std::path::PathBuf;
+use std::time::Instant;
 
 use clap::Args;
 use serde::Serialize;
@@ -258,17 +260,20 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         dir: Some(&args.out),
     };
     let bar = Bar::new("training");
-    if settings.warm && !args.out.join(STATE_FILE).exists() {
-        bar.say(&format!(
-            "first a linear classifier of {} pictures, to start from: seconds, with a large scope minutes",
-            learn.len()
-        ));
-    }
+    let began = Cell::new(Instant::now());
     let trained = train(
         &task,
         &mut |event| {
             let p = match event {
                 Event::Trained(p) => p,
+                Event::Starting { what, done, of } => {
+                    if done == 0 {
+                        began.set(Instant::now());
+                    }
+                    let pace = began.get().elapsed().as_secs_f64() / done as f64;
+                    let note = format!("start: {what}  {}", left(pace * (of - done) as f64));
+                    return bar.at(done, of, &note);
+                }
                 Event::Measured {
                     done,
                     of,
