@@ -1,9 +1,9 @@
 //! Short trigonometric series of smooth functions: the public half of the trigonometric gate.
 //!
 //! A function on a bounded range `[lo, hi]` is fitted by least squares with
-//! `f(x) = linear x + constant + sum_k cos_k cos(2 pi k x / P) + sin_k sin(2 pi k x / P)`, P = 2^p larger than the
+//! `f(x) = linear x + constant + sum_k cos_k cos(2 pi k x / P) + sin_k sin(2 pi k x / P)`, P = 2^p / m larger than the
 //! range (a "Fourier extension": beyond the range the series does what it likes). The gate evaluates it from an
-//! opened `d = x + t mod P` and dealt shares of `cos(k theta_t), sin(k theta_t)`.
+//! opened `d = m x + t mod 2^p` and dealt shares of `cos(k theta_t), sin(k theta_t)`.
 //!
 //! Both parties must derive *bit-identical* public coefficients from `d`: a difference in the last bit would be
 //! multiplied by a share, which is a uniform ring element. So [`harmonics`] computes the same bits on every machine, and
@@ -23,10 +23,12 @@ const MAX_HARMONICS: usize = 40;
 /// A fitted series, with the fixed-point scales at which it is evaluated.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Series {
-    /// Period: 2^period_bits.
+    /// Period: 2^turn_bits / factor.
     pub period: f64,
-    /// log2 of the period.
-    pub period_bits: i32,
+    /// What x is multiplied by.
+    pub factor: u64,
+    /// log2 of what a turn is of that product.
+    pub turn_bits: i32,
     /// Coefficient of x.
     pub linear: f64,
     /// Constant term.
@@ -108,7 +110,8 @@ impl Series {
         let one = |cos: f64, sin: f64| {
             Arc::new(Series {
                 period: 1.0,
-                period_bits: 0,
+                factor: 1,
+                turn_bits: 0,
                 linear: 0.0,
                 constant: 0.0,
                 cos: vec![cos],
@@ -142,15 +145,15 @@ impl Series {
         }
     }
 
-    /// Bits of the modulus for an input of fractional bits `scale`: the period in fixed point is 2^bits.
+    /// Bits of the modulus for an input of fractional bits `scale`: a turn of its product with the factor is 2^bits.
     pub fn modulus_bits(&self, scale: u32) -> Result<u32> {
-        let bits = scale as i32 + self.period_bits;
+        let bits = scale as i32 + self.turn_bits;
         if !(8..=64).contains(&bits) {
             return Err(Error::program(
                 "activation",
                 format!(
-                    "an input of {scale} fractional bits and a period of 2^{} need {bits} bits; 8 to 64 are possible",
-                    self.period_bits
+                    "an input of {scale} fractional bits and a turn of 2^{} need {bits} bits; 8 to 64 are possible",
+                    self.turn_bits
                 ),
             ));
         }
@@ -171,7 +174,7 @@ impl Series {
     /// Everything that must be equal at all roles, for the program hash.
     pub fn fingerprint(&self) -> Vec<u8> {
         let mut out = Vec::new();
-        for v in [self.period, self.linear, self.constant]
+        for v in [self.period, self.factor as f64, self.linear, self.constant]
             .iter()
             .chain(&self.cos)
             .chain(&self.sin)
@@ -244,27 +247,59 @@ fn cached(key: Key, make: impl FnOnce() -> Result<Series>) -> Result<Arc<Series>
     Ok(made)
 }
 
-/// The shortest series that meets the tolerance: the smallest period first, since the dealer pays by the harmonic.
+/// Factors of the input: periods lie at most a third apart.
+const FACTORS: [u64; 4] = [1, 3, 5, 7];
+
+/// Periods to choose from, at least so many times the range; the longest is the first power of two beyond the second.
+const PERIODS: (f64, f64) = (1.04, 1.2);
+
+/// The cheapest series that meets the tolerance: the dealer pays by the harmonic, the parties by the bit of a turn. The most accurate
+/// where none meets it.
 fn fit(target: &Target) -> Result<Series> {
-    let (lo, hi) = target.range;
-    let period_bits = ((hi - lo) * 1.2).log2().ceil() as i32;
-    let mut best: Option<(Series, f64)> = None;
-    for harmonics in (4..=MAX_HARMONICS).step_by(2) {
-        let (series, error) = fit_with(target, period_bits, harmonics);
-        let done = error <= target.tolerance;
-        if best.as_ref().is_none_or(|(_, e)| error < *e) {
-            best = Some((series, error));
-        }
-        if done {
-            break;
+    let range = target.range.1 - target.range.0;
+    let longest = (range * PERIODS.1).log2().ceil() as i32;
+    let cost = |bits: i32, harmonics: usize| bits + 2 * harmonics as i32;
+    let (mut best, mut nearest): (Option<Series>, Option<(Series, f64)>) = (None, None);
+    for factor in FACTORS {
+        let bits = longest + factor.ilog2() as i32;
+        for turn in [(factor, bits), (factor, bits - 1)] {
+            if period(turn) < range * PERIODS.0 {
+                continue;
+            }
+            // The error falls with the harmonics, by and large.
+            let cheaper = |h: &usize| {
+                best.as_ref()
+                    .is_none_or(|b| cost(turn.1, *h) < cost(b.turn_bits, b.harmonics()))
+            };
+            let most = (0..=MAX_HARMONICS).rev().find(cheaper).unwrap_or(0);
+            let (mut few, mut enough) = (1, most + 1);
+            while few + 1 < enough {
+                let harmonics = usize::midpoint(few, enough);
+                let (series, error) = fit_with(target, turn, harmonics);
+                if error <= target.tolerance {
+                    enough = harmonics;
+                    best = Some(series);
+                } else {
+                    few = harmonics;
+                    if nearest.as_ref().is_none_or(|(_, least)| error < *least) {
+                        nearest = Some((series, error));
+                    }
+                }
+            }
         }
     }
-    Ok(best.expect("at least one fit").0)
+    let nearest = nearest.map(|(series, _)| series);
+    Ok(best.or(nearest).expect("at least one fit"))
 }
 
-fn fit_with(target: &Target, period_bits: i32, harmonics: usize) -> (Series, f64) {
+/// Of a factor and bits of a turn.
+fn period((factor, turn_bits): (u64, i32)) -> f64 {
+    2f64.powi(turn_bits) / factor as f64
+}
+
+fn fit_with(target: &Target, turn: (u64, i32), harmonics: usize) -> (Series, f64) {
     let (lo, hi) = target.range;
-    let period = 2f64.powi(period_bits);
+    let period = period(turn);
     let w = TAU / period;
     let columns = 2 * harmonics + 1;
     let row = |x: f64| {
@@ -275,9 +310,10 @@ fn fit_with(target: &Target, period_bits: i32, harmonics: usize) -> (Series, f64
         }
         row
     };
-    // Chebyshev nodes; a small ridge keeps the coefficients, and with them the rounding error, small.
+    // Chebyshev nodes; a ridge weighs a coefficient as the rounding of the dealt value that it multiplies.
     let nodes = 16 * columns;
-    let ridge = (1e-13 * nodes as f64).sqrt();
+    let rounding = 2f64.powi(-(target.scales.1 as i32)) / 12f64.sqrt();
+    let ridge = rounding * (nodes as f64).sqrt();
     let mut matrix = Vec::with_capacity((nodes + columns) * (columns + 1));
     for i in 0..nodes {
         let node = ((i as f64 + 0.5) * std::f64::consts::PI / nodes as f64).cos();
@@ -292,7 +328,8 @@ fn fit_with(target: &Target, period_bits: i32, harmonics: usize) -> (Series, f64
     let c = least_squares(&mut matrix, nodes + columns, columns);
     let mut series = Series {
         period,
-        period_bits,
+        factor: turn.0,
+        turn_bits: turn.1,
         linear: target.linear,
         constant: c[0],
         cos: c[1..].iter().step_by(2).copied().collect(),
@@ -372,6 +409,22 @@ mod tests {
                 s.harmonics()
             );
         }
+        // Some of each factor.
+        for (bound, harmonics, factor) in [
+            (6.4, 11, 1),
+            (7.0, 11, 7),
+            (8.0, 13, 3),
+            (11.0, 16, 5),
+            (13.0, 19, 1),
+        ] {
+            let s = Series::for_activation(Activation::Gelu, bound).unwrap();
+            assert_eq!((s.harmonics(), s.factor), (harmonics, factor), "{bound}");
+            assert!(s.fit_error <= 3e-5, "{bound}: {}", s.fit_error);
+            assert!(s.period > 2.0 * PERIODS.0 * bound && s.period < 4.0 * PERIODS.1 * bound);
+            // Rounding of dealt values cannot add up to more than a part of the tolerance.
+            let most: f64 = s.cos.iter().chain(&s.sin).map(|c| c.abs()).sum();
+            assert!(most < 5.0, "{bound}: {most}");
+        }
         let s = Series::exp_tail(34.0, 1.0).unwrap();
         assert!(s.harmonics() <= 24, "{}", s.harmonics());
         for i in 0..=3500 {
@@ -382,27 +435,29 @@ mod tests {
 
     #[test]
     fn shares_of_dealt_values_give_the_series() {
-        let s = Series::for_activation(Activation::Gelu, 6.4).unwrap();
-        let bits = s.modulus_bits(16).unwrap();
-        let n = 600; // more than two tiles
-        let x: Vec<u64> = (0..n)
-            .map(|i| ((i as f64 / 50.0 - 6.0) * 65536.0) as i64 as u64)
-            .collect();
-        let t: Vec<u64> = (0..n as u64)
-            .map(|i| i.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> (64 - bits))
-            .collect();
-        let d: Vec<u64> = x
-            .iter()
-            .zip(&t)
-            .map(|(x, t)| x.wrapping_add(*t) & ((1 << bits) - 1))
-            .collect();
-        let all = s.deal(&t, bits);
-        let read = |first: usize, out: &mut [u64]| out.copy_from_slice(&all[first..first + out.len()]);
-        let sum = s.accumulate(&d, bits, s.coefficient_scale, read);
-        for (x, y) in x.iter().zip(sum) {
-            let x = *x as i64 as f64 / 65536.0;
-            let y = y as i64 as f64 / (1u64 << s.scale(16)) as f64 + s.constant + s.linear * x;
-            assert!((y - Activation::Gelu.exact(x)).abs() < 5e-4, "{x} {y}");
+        for bound in [6.4, 7.0, 8.0] {
+            let s = Series::for_activation(Activation::Gelu, bound).unwrap();
+            let bits = s.modulus_bits(16).unwrap();
+            let n = 600; // more than two tiles
+            let x: Vec<u64> = (0..n)
+                .map(|i| ((i as f64 / 50.0 - 6.0) * 65536.0) as i64 as u64)
+                .collect();
+            let t: Vec<u64> = (0..n as u64)
+                .map(|i| i.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> (64 - bits))
+                .collect();
+            let d: Vec<u64> = x
+                .iter()
+                .zip(&t)
+                .map(|(x, t)| x.wrapping_mul(s.factor).wrapping_add(*t) & ((1 << bits) - 1))
+                .collect();
+            let all = s.deal(&t, bits);
+            let read = |first: usize, out: &mut [u64]| out.copy_from_slice(&all[first..first + out.len()]);
+            let sum = s.accumulate(&d, bits, s.coefficient_scale, read);
+            for (x, y) in x.iter().zip(sum) {
+                let x = *x as i64 as f64 / 65536.0;
+                let y = y as i64 as f64 / (1u64 << s.scale(16)) as f64 + s.constant + s.linear * x;
+                assert!((y - Activation::Gelu.exact(x)).abs() < 5e-4, "{x} {y}");
+            }
         }
     }
 }

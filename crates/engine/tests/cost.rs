@@ -142,13 +142,13 @@ fn activations() {
         within(Activation::Gelu, 6.4),
         1,
         [20 * N / 8; 2],
-        [0, 12 * 16 * N],
+        [0, 11 * 16 * N],
     );
     costs(
         within(Activation::Silu, 12.0),
         1,
         [21 * N / 8; 2],
-        [0, 18 * 16 * N],
+        [0, 17 * 16 * N],
     );
     costs(
         within(Activation::Tanh, 6.0),
@@ -160,7 +160,7 @@ fn activations() {
         within(Activation::Sigmoid, 12.0),
         1,
         [21 * N / 8; 2],
-        [0, 16 * 16 * N],
+        [0, 15 * 16 * N],
     );
     // Two comparisons with selection for each element before it.
     let guarded = Job::new(Verb::Activation(Activation::Gelu, Range::Guarded(6.4)));
@@ -169,13 +169,13 @@ fn activations() {
         guarded.clone(),
         3,
         [16 * N + 2 * BIT + 20 * N / 8; 2],
-        [dealt, dealt + 2 * 16 * N + 12 * 16 * N],
+        [dealt, dealt + 2 * 16 * N + 11 * 16 * N],
     );
     costs(
         guarded.by(Comparison::MaskedBits),
         6,
         [16 * N + 2 * (9 + 5 + 2 + 1) * BIT + 20 * N / 8; 2],
-        [0, 2 * (115 * BIT + 16 * N) + 12 * 16 * N],
+        [0, 2 * (115 * BIT + 16 * N) + 11 * 16 * N],
     );
 }
 
@@ -229,7 +229,7 @@ fn normalisations() {
         ],
     );
     // Wide scores: before that a maximum in buckets of 8 (24 bits) and a ReLU of either kind; then scores up to 16 in buckets of 2
-    // (22 bits), with 20 harmonics.
+    // (22 bits), with 19 harmonics.
     let (online, both, second) = inverse(27 - 5, 26);
     let online = online - 2 * ROWS;
     let maximum = |bits: u64| bits * N / 8 + 31 * ROWS;
@@ -254,7 +254,7 @@ fn normalisations() {
                 [narrowed + maximum(22) + 22 * N / 8 + exp + online; 2],
                 [
                     (steps + 1) * 31 * 128 * ROWS + steps * dealt[0] + both,
-                    (steps + 1) * (32 * N + 31 * 128 * ROWS) + steps * dealt[1] + 20 * 16 * N + both + second,
+                    (steps + 1) * (32 * N + 31 * 128 * ROWS) + steps * dealt[1] + 19 * 16 * N + both + second,
                 ],
             );
         }

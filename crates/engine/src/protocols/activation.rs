@@ -71,7 +71,7 @@ fn raised<G: Gates>(g: &G, x: &G::T, series: &Arc<Series>) -> Result<G::T> {
     let bits = if series.linear == 0.0 {
         1
     } else {
-        series.period_bits.max(1) as u32
+        series.period.log2().ceil().max(1.0) as u32
     };
     let y = g.series(x, series, Form::Raised(bits))?;
     let y = g.truncate(&[(&y, LIMIT_BITS - bits - SCALE)], false)?.remove(0);

@@ -1,7 +1,7 @@
 //! The trigonometric gate: any smooth function on a bounded range as a short trigonometric series.
 //!
-//! For a period 2^p both parties reduce their shares of x modulo 2^n, n = scale + p (it divides 2^64, so this is
-//! exact) and open d = x + t mod 2^n, t **uniform over that same modulus**: d says nothing about x. The dealer deals
+//! For a period 2^p / m, m a small odd factor, both parties reduce their shares of m x modulo 2^n, n = scale + p (it divides 2^64, so this
+//! is exact) and open d = m x + t mod 2^n, t **uniform over that same modulus**: d says nothing about x. The dealer deals
 //! shares of cos(k theta_t), sin(k theta_t) for each harmonic k, theta_t = 2 pi t / 2^n; then
 //! cos(k theta_x) = cos(k theta_d) cos(k theta_t) + sin(k theta_d) sin(k theta_t), and likewise the sine, are public
 //! combinations of shares, and so is any series ([`Series`]). (Zheng et al. 2023 for one sine; the modulus matters: a
@@ -177,7 +177,11 @@ pub(crate) fn offline(o: &Offline, x: &OffTensor, all: &[Arc<Series>], form: For
     let gate = o.gate("trigonometric", &detail);
     let mask = if o.is_open(x) {
         if o.is_dealer() {
-            Some(o.mask(x)?.map(|r| r & low_bits(bits)).into_vec())
+            Some(
+                o.mask(x)?
+                    .map(|r| r.wrapping_mul(series.factor) & low_bits(bits))
+                    .into_vec(),
+            )
         } else {
             None
         }
@@ -204,17 +208,19 @@ pub(crate) fn offline(o: &Offline, x: &OffTensor, all: &[Arc<Series>], form: For
 
 pub(crate) fn online(p: &Online, x: &Share, all: &[Arc<Series>], form: Form) -> Result<Vec<Share>> {
     let meta = p.meta(x);
-    let (n, (bits, sent)) = (meta.len(), modulus(meta, &all[0])?);
+    let (n, (bits, sent), factor) = (meta.len(), modulus(meta, &all[0])?, all[0].factor);
     let (gate, mut material) = p.gate()?;
     let share = p.share(x);
     let d = if p.is_open(x) {
-        p.masked(x)?.map(|d| d & low_bits(bits)).into_vec()
+        p.masked(x)?
+            .map(|d| d.wrapping_mul(factor) & low_bits(bits))
+            .into_vec()
     } else {
         let mut mine = p.small_mask(gate, 0, n, sent);
         if let Some(share) = &share {
-            mine.iter_mut()
-                .zip(share.as_slice())
-                .for_each(|(m, x)| *m = m.wrapping_add(*x >> meta.zeros) & low_bits(sent));
+            mine.iter_mut().zip(share.as_slice()).for_each(|(m, x)| {
+                *m = m.wrapping_add(factor.wrapping_mul(*x >> meta.zeros)) & low_bits(sent)
+            });
         }
         let mut d = p.open_words(mine, sent)?;
         d.iter_mut().for_each(|d| *d <<= meta.zeros);
@@ -235,7 +241,9 @@ pub(crate) fn fixed(f: &Fixed, x: &FixedTensor, all: &[Arc<Series>], form: Form)
     let (n, (bits, sent)) = (meta.len(), modulus(meta, series)?);
     let gate = f.gate();
     let t = if f.is_open(x) {
-        f.mask(x).map(|r| r & low_bits(bits)).into_vec()
+        f.mask(x)
+            .map(|r| r.wrapping_mul(series.factor) & low_bits(bits))
+            .into_vec()
     } else {
         let mut t = f.small_mask(gate, 0, n, sent);
         t.iter_mut().for_each(|t| *t <<= meta.zeros);
@@ -244,7 +252,7 @@ pub(crate) fn fixed(f: &Fixed, x: &FixedTensor, all: &[Arc<Series>], form: Form)
     let d: Vec<u64> = t
         .iter()
         .zip(f.ring(x).as_slice())
-        .map(|(t, x)| t.wrapping_add(*x) & low_bits(bits))
+        .map(|(t, x)| t.wrapping_add(x.wrapping_mul(series.factor)) & low_bits(bits))
         .collect();
     let dealt = Dealt::Words(series.deal(&t, bits));
     let one = |series: &Arc<Series>| {
