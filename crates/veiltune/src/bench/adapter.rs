@@ -39,6 +39,9 @@ pub struct AdapterArgs {
     /// Network to emulate: none, lan, wan, secp-lan, secp-wan-a, secp-wan-b, or RATE_MBIT:DELAY_US one way.
     #[arg(long, default_value = "none")]
     network: Network,
+    /// Threads of each role; other systems' benchmarks have one.
+    #[arg(long, value_name = "N", default_value = "1")]
+    threads: NonZeroUsize,
     /// Counted runs, after one that is not.
     #[arg(long, default_value_t = 5)]
     runs: usize,
@@ -268,6 +271,7 @@ fn measure(args: &AdapterArgs, setting: Setting) -> Result<(Report, Tally)> {
         args.runs,
         setting.network,
         [Box::new(VecDeque::new()), Box::new(VecDeque::new())],
+        args.threads,
     )?;
 
     let private = timing.revealed[0].as_ref().map_or(&[][..], |r| &r.values);

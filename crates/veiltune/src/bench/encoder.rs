@@ -2,6 +2,7 @@
 //! random weights of the true shapes, compared with plain float.
 
 use std::collections::VecDeque;
+use std::num::NonZeroUsize;
 
 use clap::{Args, ValueEnum};
 use serde::Serialize;
@@ -50,6 +51,9 @@ pub struct EncoderArgs {
     /// Where material comes from: made and prepared before the clock starts, or streamed by a dealer who works while it runs.
     #[arg(long, value_enum, default_value = "prepared")]
     material: Material,
+    /// Threads of each role; other systems' benchmarks have one.
+    #[arg(long, value_name = "N", default_value = "1")]
+    threads: NonZeroUsize,
     /// Counted runs, after one that is not; 0: a single run that counts. Streamed material serves a single one.
     #[arg(long, default_value_t = 1)]
     runs: usize,
@@ -245,6 +249,8 @@ struct Report {
     attention: String,
     network: String,
     material: &'static str,
+    /// Of each role.
+    threads: NonZeroUsize,
     /// From input to result.
     seconds: f64,
     /// Making the material, without sending it; None: within `seconds`.
@@ -319,7 +325,7 @@ pub fn run(args: &EncoderArgs) -> Result<()> {
     let programs = [&program, &program, &program];
     let (seconds, dealer_seconds, offline_seconds, setup_seconds, revealed) = match args.material {
         Material::Prepared => {
-            let t = time(programs, &cost, args.runs, args.network, outside)?;
+            let t = time(programs, &cost, args.runs, args.network, outside, args.threads)?;
             (
                 t.seconds.median,
                 Some(t.dealer),
@@ -329,7 +335,7 @@ pub fn run(args: &EncoderArgs) -> Result<()> {
             )
         }
         Material::Streamed => {
-            let t = stream(programs, &cost, args.network, outside)?;
+            let t = stream(programs, &cost, args.network, outside, args.threads)?;
             (t.seconds, None, None, t.setup, t.revealed)
         }
     };
@@ -354,6 +360,7 @@ pub fn run(args: &EncoderArgs) -> Result<()> {
             Material::Prepared => "prepared",
             Material::Streamed => "streamed",
         },
+        threads: args.threads,
         seconds,
         dealer_seconds,
         offline_seconds,
@@ -397,8 +404,8 @@ fn print(r: &Report) {
     let mb = |b: [u64; 2]| format!("{:.1} / {:.1} MB", b[0] as f64 / 1e6, b[1] as f64 / 1e6);
     let gib = |b: u64| b as f64 / 2f64.powi(30);
     println!(
-        "{}, {} layers, {} x {} tokens, {} attention, network {}, material {}",
-        r.model, r.layers, r.batch, r.tokens, r.attention, r.network, r.material
+        "{}, {} layers, {} x {} tokens, {} attention, network {}, material {}, threads of a role {}",
+        r.model, r.layers, r.batch, r.tokens, r.attention, r.network, r.material, r.threads
     );
     println!(
         "online   {:.3} s, {} rounds, {} each way",

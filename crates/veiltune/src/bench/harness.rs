@@ -1,7 +1,8 @@
-//! What the benchmarks share: two parties on one thread each, over TLS on loopback with an emulated network, with their
+//! What the benchmarks share: two parties on so many threads each, over TLS on loopback with an emulated network, with their
 //! material ready before the clock starts.
 
 use std::collections::VecDeque;
+use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -152,13 +153,14 @@ impl Sink for Counting {
 }
 
 /// Runs one pass to warm up and `runs` counted ones, or a single one that counts if `runs` is zero. `programs` are those of the two parties and of the dealer; every pass
-/// costs the same, and what the links counted must be what `cost`, the prediction for one pass, says.
+/// costs the same, and what the links counted must be what `cost`, the prediction for one pass, says. Each role has `threads`.
 pub fn time<P: Program + Sync>(
     programs: [&P; 3],
     cost: &Tally,
     runs: usize,
     network: Network,
     outside: [Box<dyn Outside>; 2],
+    threads: NonZeroUsize,
 ) -> Result<Timing> {
     let passes = runs + 1;
     let seeds = [Seed::random()?, Seed::random()?];
@@ -172,7 +174,7 @@ pub fn time<P: Program + Sync>(
         Box::new(Counting(second, counters[1].clone())),
     ];
     let start = Instant::now();
-    one_thread()?.install(|| session::deal(programs[2], passes, seeds.clone(), sinks, |_| Ok(())))?;
+    pool(threads)?.install(|| session::deal(programs[2], passes, seeds.clone(), sinks, |_| Ok(())))?;
     let dealer = start.elapsed().as_secs_f64();
     let dealt = counters.each_ref().map(|c| c.load(Relaxed));
     let (sources, ahead) = (store.sources()?, store.ahead());
@@ -180,7 +182,7 @@ pub fn time<P: Program + Sync>(
     let links = links(network)?;
     let mut results = Vec::new();
     std::thread::scope(|scope| {
-        let mut threads = Vec::new();
+        let mut running = Vec::new();
         let parties = [Party::P0, Party::P1]
             .into_iter()
             .zip(links)
@@ -189,7 +191,7 @@ pub fn time<P: Program + Sync>(
             .zip(outside)
             .zip(programs);
         for (((((party, peer), source), seed), outside), program) in parties {
-            threads.push(scope.spawn(move || -> Result<_> {
+            running.push(scope.spawn(move || -> Result<_> {
                 let material = MaterialFrom::Source(source, seed);
                 let session = PartySession {
                     party,
@@ -199,7 +201,7 @@ pub fn time<P: Program + Sync>(
                     outside,
                 };
                 let (mut marks, mut last) = (Vec::with_capacity(passes), None);
-                let report = one_thread()?.install(|| {
+                let report = pool(threads)?.install(|| {
                     session.run(program, passes, |_, revealed| {
                         marks.push(Instant::now());
                         last = revealed;
@@ -209,7 +211,7 @@ pub fn time<P: Program + Sync>(
                 Ok((marks, report, last))
             }));
         }
-        results = threads
+        results = running
             .into_iter()
             .map(|t| t.join().unwrap_or(Err(Error::Stopped("a thread"))))
             .collect();
@@ -243,9 +245,10 @@ pub fn time<P: Program + Sync>(
     })
 }
 
-fn one_thread() -> Result<rayon::ThreadPool> {
+/// A role's own: the roles share a machine here, and would else share one pool.
+fn pool(threads: NonZeroUsize) -> Result<rayon::ThreadPool> {
     rayon::ThreadPoolBuilder::new()
-        .num_threads(1)
+        .num_threads(threads.get())
         .build()
         .map_err(|e| Error::File(e.to_string()))
 }
@@ -285,6 +288,7 @@ pub fn stream<P: Program + Sync>(
     cost: &Tally,
     network: Network,
     outside: [Box<dyn Outside>; 2],
+    threads: NonZeroUsize,
 ) -> Result<Streamed> {
     let peers = links(network)?;
     let dealers = [links(network)?, links(network)?].map(|[a, b]| (a, b));
@@ -293,14 +297,14 @@ pub fn stream<P: Program + Sync>(
     let mut dealt = Ok(());
     std::thread::scope(|scope| {
         let dealer = scope
-            .spawn(|| one_thread()?.install(|| session::serve_material(programs[2], 1, ends, |_| Ok(()))));
+            .spawn(|| pool(threads)?.install(|| session::serve_material(programs[2], 1, ends, |_| Ok(()))));
         let parties = [Party::P0, Party::P1]
             .into_iter()
             .zip(peers)
             .zip(dealers.iter().map(|(_, party)| party.clone()))
             .zip(outside)
             .zip(programs);
-        let threads: Vec<_> = parties
+        let running: Vec<_> = parties
             .map(|((((party, peer), dealer), outside), program)| {
                 scope.spawn(move || -> Result<_> {
                     let session = PartySession {
@@ -311,7 +315,7 @@ pub fn stream<P: Program + Sync>(
                         outside,
                     };
                     let mut last = None;
-                    let report = one_thread()?.install(|| {
+                    let report = pool(threads)?.install(|| {
                         session.run(program, 1, |_, revealed| {
                             last = revealed;
                             Ok(())
@@ -321,7 +325,7 @@ pub fn stream<P: Program + Sync>(
                 })
             })
             .collect();
-        results = threads
+        results = running
             .into_iter()
             .map(|t| t.join().unwrap_or(Err(Error::Stopped("a thread"))))
             .collect();

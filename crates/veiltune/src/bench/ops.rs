@@ -2,6 +2,7 @@
 //! network, and its error against double precision.
 
 use std::collections::VecDeque;
+use std::num::NonZeroUsize;
 
 use clap::Args;
 use serde::Serialize;
@@ -26,6 +27,9 @@ pub struct OpsArgs {
     /// Operations whose name contains this; all if not given.
     #[arg(long)]
     only: Option<String>,
+    /// Threads of each role; other systems' benchmarks have one.
+    #[arg(long, value_name = "N", default_value = "1")]
+    threads: NonZeroUsize,
     /// Counted runs of each operation, after one that is not.
     #[arg(long, default_value_t = 5)]
     runs: usize,
@@ -316,6 +320,7 @@ fn measure(operation: &Operation, args: &OpsArgs) -> Result<Row> {
         args.runs,
         args.network,
         shares.map(|s| Box::new(s) as Box<dyn Outside>),
+        args.threads,
     )?;
     let (max_error, mean_error, error_elements) = error(operation, args.error_elements)?;
     let total = cost.total();
