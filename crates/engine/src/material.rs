@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, mpsc};
 
 use sha2::{Digest, Sha256};
-use veiltune_ring::Ring;
 use veiltune_ring::prg::{Prg, Seed};
-use veiltune_wire::{Link, pack};
+use veiltune_ring::{Ring, pack};
+use veiltune_wire::Link;
 
 use crate::opening::GateId;
 use crate::{Error, Party, Result};
@@ -362,8 +362,7 @@ impl Dealt {
             }
             Dealt::Packed(bytes, bits) => {
                 let bytes = &bytes[pack::packed_len(first, *bits)..][..pack::packed_len(out.len(), *bits)];
-                let n = out.len();
-                pack::unpack(bytes, n, *bits, out).expect("the lengths agree");
+                pack::unpack(bytes, *bits, out);
             }
             Dealt::Words(words) => out.copy_from_slice(&words[first..first + out.len()]),
         }

@@ -12,9 +12,8 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
-use veiltune_ring::Ring;
 use veiltune_ring::prg::{Prg, Seed};
-use veiltune_wire::pack;
+use veiltune_ring::{Ring, pack};
 
 use crate::cost::{GATES, Memory, Operation, Tally};
 use crate::gates::{self, Gates, Local, Meta, Product, SCALE};
@@ -652,8 +651,7 @@ impl Offline {
                 for words in words.chunks_mut(DEAL_BATCH) {
                     let packed = &mut packed[..pack::packed_len(words.len(), bits)];
                     source.borrow_mut().take(packed)?;
-                    let n = words.len();
-                    pack::unpack(packed, n, bits, words)?;
+                    pack::unpack(packed, bits, words);
                 }
                 Ok(Some(words))
             }

@@ -4,9 +4,9 @@ use std::cell::{Cell, OnceCell, RefCell};
 use std::rc::Rc;
 use std::sync::{Arc, mpsc};
 
-use veiltune_ring::Ring;
 use veiltune_ring::prg::{Prg, Seed};
-use veiltune_wire::{Link, pack};
+use veiltune_ring::{Ring, pack};
+use veiltune_wire::Link;
 
 use crate::gates::{self, Gates, Local, Meta, Product, SCALE};
 use crate::material::{Material, ParameterStore};
@@ -507,7 +507,7 @@ impl Online {
         for piece in words.chunks_mut(CHUNK) {
             let packed = &mut packed[..pack::packed_len(piece.len(), bits)];
             self.link.recv(packed)?;
-            pack::unpack(packed, piece.len(), bits, piece)?;
+            pack::unpack(packed, bits, piece);
         }
         Ok(words)
     }

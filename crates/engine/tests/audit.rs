@@ -12,8 +12,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use veiltune_engine::{Activation, Comparison, NormKind, Owner, Party, Range};
+use veiltune_ring::pack;
 use veiltune_ring::prg::{Prg, Seed};
-use veiltune_wire::{Identity, Link, Meter, pack};
+use veiltune_wire::{Identity, Link, Meter};
 use world::{Ends, Job, Verb, run};
 
 const DIMS: [usize; 2] = [32, 32];
@@ -368,7 +369,7 @@ fn sum(a: &Sample, b: &Sample, width: u32) -> Sample {
 fn unpacked(bytes: &[u8], width: u32) -> Vec<u64> {
     let len = 8 * bytes.len() / width as usize;
     let mut words = vec![0; len];
-    pack::unpack(&bytes[..pack::packed_len(len, width)], len, width, &mut words).expect("the right length");
+    pack::unpack(&bytes[..pack::packed_len(len, width)], width, &mut words);
     words
 }
 

@@ -1,4 +1,4 @@
-//! Elementwise arithmetic, rearrangement, the codec and the generator, on one thread:
+//! Elementwise arithmetic, rearrangement, the codec, bit-packing and the generator, on one thread:
 //! `cargo bench -p veiltune-ring --bench elementwise [-- FILTER]`. Bytes are those of the result.
 
 use std::hint::black_box;
@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use veiltune_ring::codec;
+use veiltune_ring::pack::{pack_into, packed_len, unpack};
 use veiltune_ring::prg::{Prg, Seed};
 
 /// A layer's activations: 128 tokens of 3072 words, 3 MB.
@@ -47,6 +48,26 @@ fn fixed_point(c: &mut Criterion) {
     group.bench_function("decode", |t| t.iter(|| black_box(codec::decode(&words, 16))));
 }
 
+fn packing(c: &mut Criterion) {
+    let mut prg = Prg::new(&Seed::from_bytes([0; 16]), 0, 0);
+    // They fit into the cache, as the ones just computed do.
+    let mut values = prg.vec(1 << 15);
+    let mut group = c.benchmark_group("pack");
+    group.throughput(Throughput::Bytes(8 * values.len() as u64));
+    for bits in [1, 8, 20, 38, 64] {
+        let mut packed = Vec::with_capacity(packed_len(values.len(), bits));
+        group.bench_function(format!("pack {bits} bits"), |t| {
+            t.iter(|| {
+                packed.clear();
+                pack_into(black_box(&values), bits, &mut packed);
+            })
+        });
+        group.bench_function(format!("unpack {bits} bits"), |t| {
+            t.iter(|| unpack(black_box(&packed), bits, &mut values))
+        });
+    }
+}
+
 fn generator(c: &mut Criterion) {
     let mut prg = Prg::new(&Seed::from_bytes([0; 16]), 0, 0);
     let mut words = vec![0; WORDS];
@@ -68,5 +89,5 @@ fn config() -> Criterion {
     quick.measurement_time(Duration::from_secs(1)).sample_size(30)
 }
 
-criterion_group! { name = benches; config = config(); targets = tensors, fixed_point, generator }
+criterion_group! { name = benches; config = config(); targets = tensors, fixed_point, packing, generator }
 criterion_main!(benches);

@@ -5,6 +5,7 @@
 //!   runs (AVX-512, AVX2, NEON or portable, equal bit for bit);
 //! - [`codec`]: real numbers to fixed point and back;
 //! - [`prg`]: seeds, and the AES-128-CTR streams that masks are drawn from;
+//! - [`pack`](mod@pack): values of a few bits each as bytes;
 //! - [`select`]: sums of selected rows of a table, for private lookups.
 //!
 //! Work is spread over the *current* rayon pool, and stays on the calling thread where that pool has one thread or
@@ -14,6 +15,7 @@ pub mod codec;
 mod error;
 mod gemm;
 pub mod harmonics;
+pub mod pack;
 pub mod prg;
 pub mod select;
 mod shape;

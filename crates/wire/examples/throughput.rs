@@ -1,13 +1,12 @@
-//! Measures a link over TLS on loopback (bytes a second, one way and both ways), the time of a round there
-//! and in memory, and bit-packing (bytes of unpacked values a second).
+//! Measures a link over TLS on loopback (bytes a second, one way and both ways), and the time of a round there
+//! and in memory.
 //!
 //!     cargo run --release -p veiltune-wire --example throughput
 
-use std::{hint::black_box, thread, time::Instant};
+use std::{thread, time::Instant};
 
 use veiltune_wire::{
     Identity, Link, MAX_MESSAGE, Options, Result, memory,
-    pack::{pack_into, unpack},
     pki::Authority,
     tcp::{self, Listener},
 };
@@ -31,35 +30,7 @@ fn main() -> Result<()> {
     bulk(&left, &right)?;
     round("tcp", &left, &right)?;
     let (left, right) = memory::pair();
-    round("memory", &left, &right)?;
-    [1, 8, 19, 20, 21, 32, 36, 64].into_iter().try_for_each(packing)
-}
-
-/// Packs and unpacks values that fit into the cache, as the ones just computed do.
-fn packing(bits: u32) -> Result<()> {
-    let mut values: Vec<u64> = (0..1u64 << 15)
-        .map(|i| i.wrapping_mul(0x9e37_79b9_7f4a_7c15))
-        .collect();
-    let repetitions = 2000;
-    let rate =
-        |start: Instant, len: usize| (8 * len * repetitions) as f64 / 1e9 / start.elapsed().as_secs_f64();
-    let mut packed = Vec::new();
-    let start = Instant::now();
-    for _ in 0..repetitions {
-        packed.clear();
-        pack_into(black_box(&values), bits, &mut packed);
-    }
-    let packing = rate(start, values.len());
-    let start = Instant::now();
-    for _ in 0..repetitions {
-        let n = values.len();
-        unpack(black_box(&packed), n, bits, &mut values)?;
-    }
-    println!(
-        "{bits} bits: pack {packing:.1} GB/s, unpack {:.1} GB/s",
-        rate(start, values.len())
-    );
-    Ok(())
+    round("memory", &left, &right)
 }
 
 fn bulk(left: &impl Link, right: &impl Link) -> Result<()> {

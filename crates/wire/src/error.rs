@@ -236,16 +236,6 @@ pub enum Error {
         /// Bytes allowed.
         max: usize,
     },
-    /// A buffer of this side has the wrong length.
-    #[error("{what}: {got} given, {expected} needed")]
-    BadBuffer {
-        /// Which one.
-        what: &'static str,
-        /// Length needed.
-        expected: usize,
-        /// Length given.
-        got: usize,
-    },
     /// The link was used after this side had closed it.
     #[error("the link to {peer} was used after this side closed it")]
     Closed {

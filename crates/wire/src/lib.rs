@@ -2,8 +2,8 @@
 //!
 //! A [`Link`] carries messages to one peer. [`tcp`] links run over mutual TLS and check who the peer is;
 //! [`memory`] links join two threads; either can emulate a [`Network`]. [`pki`] makes the certificates of a
-//! run, [`handshake`] makes sure that both sides are about to run the same thing, [`pack`] squeezes values of
-//! a few bits into messages, and [`fault`] damages messages in tests.
+//! run, [`handshake`] makes sure that both sides are about to run the same thing, and [`fault`] damages messages in
+//! tests.
 //!
 //! Everything is synchronous: `send` queues, `recv` waits, and threads inside the link move the bytes, so
 //! that sending, receiving and computing overlap. Nothing is allocated by a peer's word beyond
@@ -34,7 +34,6 @@ pub mod emulate;
 pub mod fault;
 pub mod handshake;
 pub mod memory;
-pub mod pack;
 pub mod pki;
 pub mod tcp;
 

@@ -14,8 +14,7 @@
 //! in Ishai et al. 2013 and distributed point functions.)
 
 use veiltune_fss::dpf;
-use veiltune_ring::Ring;
-use veiltune_wire::pack;
+use veiltune_ring::{Ring, pack};
 
 use super::product::take;
 use crate::fixed::{Fixed, FixedTensor};

@@ -122,7 +122,7 @@ pub(crate) fn offline(o: &Offline, x: &OffTensor, want: Want) -> Result<OffTenso
             .map(|(u, r)| u ^ (r >> (bits - 1) & 1))
             .collect()
     };
-    o.exchanged("compare", [veiltune_wire::pack::packed_len(n, 1) as u64; 2]);
+    o.exchanged("compare", [veiltune_ring::pack::packed_len(n, 1) as u64; 2]);
     o.deal("compare", (gate, 2), n, 64, || Ok(s()))?;
     if let Want::Positive(cut) = want {
         let part = |shift: u32| move || Ok(r.iter().map(|r| r >> shift).collect());

@@ -60,7 +60,7 @@ pub(crate) fn offline(
         .flat_map(|t| t.iter())
         .for_each(|v| detail.extend(v.to_le_bytes()));
     let gate = o.gate("lookup", &detail);
-    o.exchanged("lookup", [veiltune_wire::pack::packed_len(n, bits) as u64; 2]);
+    o.exchanged("lookup", [veiltune_ring::pack::packed_len(n, bits) as u64; 2]);
     let t = o.small_mask(gate, 0, n, bits).unwrap_or_default();
     o.keys(
         "lookup",

@@ -172,9 +172,11 @@ pub(crate) fn online(p: &Online, kind: Product, a: &Share, b: &Share) -> Result<
             let (_, mut material) = p.gate()?;
             let mut share = Ring::new(meta.dims.clone(), take(&mut material.words)?)?;
             let (x, y) = (p.masked(a)?, p.masked(b)?);
-            let (r, q) = (p.mask(a).ok_or_else(unopened)?, p.mask(b).ok_or_else(unopened)?);
-            let left = if p.is_first() { y.sub(&q)? } else { q.neg() };
-            share.add_assign(&kind.apply(&x, &left)?)?;
+            let (r, mut q) = (p.mask(a).ok_or_else(unopened)?, p.mask(b).ok_or_else(unopened)?);
+            if p.is_first() {
+                q.sub_assign(&y)?;
+            }
+            share.sub_assign(&kind.apply(&x, &q)?)?;
             if !p.is_parameter(b) {
                 share.sub_assign(&kind.apply(&r, &y)?)?;
             }

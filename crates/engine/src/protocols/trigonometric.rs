@@ -188,7 +188,7 @@ pub(crate) fn offline(o: &Offline, x: &OffTensor, all: &[Arc<Series>], form: For
     } else {
         o.exchanged(
             "trigonometric",
-            [veiltune_wire::pack::packed_len(n, sent) as u64; 2],
+            [veiltune_ring::pack::packed_len(n, sent) as u64; 2],
         );
         let mask = o.small_mask(gate, 0, n, sent);
         mask.map(|t| t.into_iter().map(|t| t << meta.zeros).collect())
