@@ -2,11 +2,11 @@
 
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
-use std::io::{BufReader, BufWriter, Read, Write};
+use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, mpsc};
 
-use sha2::{Digest, Sha256};
+use crc32fast::Hasher;
 use veiltune_ring::prg::{Prg, Seed};
 use veiltune_ring::{Ring, pack};
 use veiltune_wire::Link;
@@ -120,8 +120,16 @@ impl Source for LinkSource {
     }
 }
 
-const MAGIC: &[u8; 16] = b"veiltune-mat-v3\n";
+// A material file: the header with its checksum; the body; a checksum (CRC-32) of each block of the body; the body's length, and a
+// checksum of this table and the length. Checksums find what a disk or a copy did to the file. They are no defence against
+// somebody who may write it: it is secret, and whoever can reach it has the material.
+
+const MAGIC: &[u8; 16] = b"veiltune-mat-v4\n";
 const HEADER: usize = 16 + 1 + 32 + 16 + 16;
+const CHECKSUM: usize = 4;
+/// Bytes of the body that share a checksum: read, checked and handed out while they are in the processor's cache.
+const BLOCK: usize = 1 << 16;
+const TRAILER: usize = 8 + CHECKSUM;
 
 /// What a material file is for.
 #[derive(Clone, PartialEq, Eq)]
@@ -137,7 +145,10 @@ pub struct FileSink {
     path: PathBuf,
     partial: PathBuf,
     out: BufWriter<File>,
-    hash: Sha256,
+    body: u64,
+    /// Of the block that is being written.
+    block: Hasher,
+    checksums: Vec<u8>,
 }
 
 impl FileSink {
@@ -165,32 +176,57 @@ impl FileSink {
             path: path.into(),
             partial,
             out: BufWriter::with_capacity(CHUNK, file),
-            hash: Sha256::new(),
+            body: 0,
+            block: Hasher::new(),
+            checksums: Vec::new(),
         };
-        let mut header = Vec::with_capacity(HEADER);
+        let mut header = Vec::with_capacity(HEADER + CHECKSUM);
         header.extend_from_slice(MAGIC);
         header.push(label.party.index() as u8);
         header.extend_from_slice(&label.program);
         header.extend_from_slice(&deal.0);
         header.extend_from_slice(seed.expose());
-        sink.put(&header)?;
+        header.extend_from_slice(&checksum(&header));
+        sink.write(&header)?;
         Ok(sink)
     }
-}
 
-impl Sink for FileSink {
-    fn put(&mut self, bytes: &[u8]) -> Result<()> {
-        self.hash.update(bytes);
+    fn write(&mut self, bytes: &[u8]) -> Result<()> {
         self.out
             .write_all(bytes)
             .map_err(|e| file_error(&self.partial, &e))
     }
 
+    fn end_block(&mut self) {
+        let block = std::mem::take(&mut self.block);
+        self.checksums.extend_from_slice(&block.finalize().to_le_bytes());
+    }
+}
+
+impl Sink for FileSink {
+    fn put(&mut self, bytes: &[u8]) -> Result<()> {
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let room = BLOCK - (self.body % BLOCK as u64) as usize;
+            let (piece, later) = rest.split_at(rest.len().min(room));
+            self.block.update(piece);
+            self.body += piece.len() as u64;
+            if piece.len() == room {
+                self.end_block();
+            }
+            rest = later;
+        }
+        self.write(bytes)
+    }
+
     fn finish(&mut self) -> Result<()> {
-        let digest = std::mem::take(&mut self.hash).finalize();
-        self.out
-            .write_all(&digest)
-            .map_err(|e| file_error(&self.partial, &e))?;
+        if !self.body.is_multiple_of(BLOCK as u64) {
+            self.end_block();
+        }
+        let mut table = std::mem::take(&mut self.checksums);
+        table.extend_from_slice(&self.body.to_le_bytes());
+        table.extend_from_slice(&checksum(&table));
+        self.write(&table)?;
         self.out.flush().map_err(|e| file_error(&self.partial, &e))?;
         self.out
             .get_ref()
@@ -207,20 +243,23 @@ impl Drop for FileSink {
     }
 }
 
-/// Bytes of a material file that are buffered: few, so that what a gate takes at a time, which is more, goes straight to where it
-/// is wanted.
-const READ_AHEAD: usize = 1 << 13;
-
 /// A material file being consumed. Opening it removes it: whatever happens to the run, it cannot be used twice.
 pub struct FileSource {
-    input: BufReader<File>,
-    remaining: u64,
+    file: File,
+    /// Of the body that was not read yet.
+    unread: u64,
+    /// Of the blocks that were not read yet.
+    checksums: std::vec::IntoIter<[u8; CHECKSUM]>,
+    /// A block that was read in part: the rest of it from `next` on is still to be handed out.
+    block: Vec<u8>,
+    next: usize,
     deal: DealId,
     path: PathBuf,
 }
 
 impl FileSource {
-    /// Claims the file, checks it whole, and returns the party's seed. A file that is refused stays where it is.
+    /// Claims the file, checks that it is all there, and returns the party's seed. A file that is refused stays where it is. Its
+    /// body is checked block by block as it is taken.
     pub fn open(path: &Path, label: &Label) -> Result<(FileSource, Seed)> {
         // The rename claims the file atomically against another process that wants it too.
         let mut claimed = path.as_os_str().to_owned();
@@ -260,17 +299,38 @@ impl FileSource {
             ))
         };
         let length = file.metadata().map_err(io)?.len();
-        let body = length.checked_sub(HEADER as u64 + 32).ok_or_else(damaged)?;
-        if !check_digest(&mut file, length - 32).map_err(io)? {
+        let mut header = [0; HEADER + CHECKSUM];
+        let mut trailer = [0; TRAILER];
+        let around = (header.len() + TRAILER) as u64;
+        if length < around {
             return Err(damaged());
         }
-        std::io::Seek::rewind(&mut file).map_err(io)?;
-        let mut input = BufReader::with_capacity(READ_AHEAD, file);
-        let mut header = [0; HEADER];
-        input.read_exact(&mut header).map_err(io)?;
-        if header[..16] != *MAGIC {
+        file.read_exact(&mut header).map_err(io)?;
+        let (header, sum) = header.split_at(HEADER);
+        if sum != checksum(header) || header[..16] != *MAGIC {
             return Err(damaged());
         }
+        file.seek(SeekFrom::End(-(TRAILER as i64))).map_err(io)?;
+        file.read_exact(&mut trailer).map_err(io)?;
+        let mut body = [0; 8];
+        body.copy_from_slice(&trailer[..8]);
+        let body = u64::from_le_bytes(body);
+        let table = body.div_ceil(BLOCK as u64).saturating_mul(CHECKSUM as u64);
+        if around.saturating_add(body).saturating_add(table) != length {
+            return Err(damaged());
+        }
+        file.seek(SeekFrom::End(-(TRAILER as i64) - table as i64))
+            .map_err(io)?;
+        let mut table = vec![0; table as usize];
+        file.read_exact(&mut table).map_err(io)?;
+        let mut sum = Hasher::new();
+        sum.update(&table);
+        sum.update(&trailer[..8]);
+        if trailer[8..] != sum.finalize().to_le_bytes() {
+            return Err(damaged());
+        }
+        file.seek(SeekFrom::Start((HEADER + CHECKSUM) as u64))
+            .map_err(io)?;
         if usize::from(header[16]) != label.party.index() || header[17..49] != label.program {
             return Err(Error::File(format!(
                 "{}: made for another party or another program (model, shapes, calibration or version differ)",
@@ -282,8 +342,11 @@ impl FileSource {
         seed.copy_from_slice(&header[65..]);
         Ok((
             FileSource {
-                input,
-                remaining: body,
+                file,
+                unread: body,
+                checksums: table.as_chunks().0.to_vec().into_iter(),
+                block: Vec::new(),
+                next: 0,
                 deal: DealId(deal),
                 path: path.into(),
             },
@@ -292,15 +355,57 @@ impl FileSource {
     }
 }
 
+impl FileSource {
+    /// Reads the next block into `out`, which is as long as it.
+    fn read_block(file: &mut File, sum: Option<[u8; CHECKSUM]>, path: &Path, out: &mut [u8]) -> Result<()> {
+        file.read_exact(out).map_err(|e| file_error(path, &e))?;
+        match sum == Some(checksum(out)) {
+            true => Ok(()),
+            false => Err(Error::File(format!(
+                "{}: damaged since it was made (a checksum differs); this run cannot go on: have the dealer make another, and look \
+                 after the disk",
+                path.display()
+            ))),
+        }
+    }
+}
+
 impl Source for FileSource {
     fn take(&mut self, buf: &mut [u8]) -> Result<()> {
-        self.remaining = self.remaining.checked_sub(buf.len() as u64).ok_or_else(|| {
-            Error::File(format!(
+        let left = self.unread + (self.block.len() - self.next) as u64;
+        if left < buf.len() as u64 {
+            return Err(Error::File(format!(
                 "{}: the material is used up; it was made for fewer inputs",
                 self.path.display()
-            ))
-        })?;
-        self.input.read_exact(buf).map_err(|e| file_error(&self.path, &e))
+            )));
+        }
+        let mut rest = buf;
+        while !rest.is_empty() {
+            if self.next == self.block.len() {
+                let size = self.unread.min(BLOCK as u64) as usize;
+                self.unread -= size as u64;
+                let sum = self.checksums.next();
+                if rest.len() >= size {
+                    // A whole block goes straight to where it is wanted.
+                    let (out, later) = rest.split_at_mut(size);
+                    FileSource::read_block(&mut self.file, sum, &self.path, out)?;
+                    rest = later;
+                    continue;
+                }
+                // Out of reach until it is known to be good.
+                let mut block = std::mem::take(&mut self.block);
+                self.next = 0;
+                block.resize(size, 0);
+                FileSource::read_block(&mut self.file, sum, &self.path, &mut block)?;
+                self.block = block;
+            }
+            let n = rest.len().min(self.block.len() - self.next);
+            let (out, later) = rest.split_at_mut(n);
+            out.copy_from_slice(&self.block[self.next..self.next + n]);
+            self.next += n;
+            rest = later;
+        }
+        Ok(())
     }
 
     fn deal(&self) -> DealId {
@@ -308,20 +413,8 @@ impl Source for FileSource {
     }
 }
 
-fn check_digest(file: &mut File, length: u64) -> std::io::Result<bool> {
-    let mut hash = Sha256::new();
-    let mut input = BufReader::with_capacity(CHUNK, file);
-    let mut left = length;
-    let mut buf = vec![0; CHUNK];
-    while left > 0 {
-        let n = left.min(CHUNK as u64) as usize;
-        input.read_exact(&mut buf[..n])?;
-        hash.update(&buf[..n]);
-        left -= n as u64;
-    }
-    let mut digest = [0; 32];
-    input.read_exact(&mut digest)?;
-    Ok(digest[..] == hash.finalize()[..])
+fn checksum(bytes: &[u8]) -> [u8; CHECKSUM] {
+    crc32fast::hash(bytes).to_le_bytes()
 }
 
 fn file_error(path: &Path, e: &std::io::Error) -> Error {

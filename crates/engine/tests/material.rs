@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
-use veiltune_engine::material::{DealId, FileSink, FileSource, Label, Sink};
+use veiltune_engine::material::{DealId, FileSink, FileSource, Label, Sink, Source};
 use veiltune_engine::session::{self, MaterialFrom, PartySession};
 use veiltune_engine::{Activation, Comparison, Error, Owner, Party, Range, Result, Revealed};
 use veiltune_ring::Ring;
@@ -175,46 +175,112 @@ fn what_is_refused_is_not_consumed() {
     FileSource::open(&paths[0], &first).expect("still there");
 }
 
+/// Bytes before and after the body of a material file, beside four for each 64 KiB of it.
+const AROUND: [usize; 2] = [85, 12];
+
+/// A file of so many bytes of body, put in pieces of 1, 2, 4, ... bytes; and the body.
+fn file_of(dir: &TempDir, body: usize) -> (PathBuf, Label, Vec<u8>) {
+    let (path, [label, _], [seed, _]) = (dir.path().join("body.material"), labels(&job(), 1), seeds());
+    let bytes: Vec<u8> = (0..body).map(|i| (i * i / 7 + i / 65_536) as u8).collect();
+    let deal = DealId::random().expect("a name");
+    let mut sink = FileSink::create(&path, &label, deal, &seed).expect("a new file");
+    let (mut rest, mut size) = (&bytes[..], 1);
+    while !rest.is_empty() {
+        let (piece, later) = rest.split_at(size.min(rest.len()));
+        sink.put(piece).expect("put");
+        (rest, size) = (later, 2 * size);
+    }
+    sink.finish().expect("finished");
+    (path, label, bytes)
+}
+
 #[test]
-fn damage_is_found_before_anything_is_used() {
+fn what_is_put_is_taken_in_pieces_of_any_size() {
     let dir = TempDir::new().expect("a directory");
-    let paths = deal(&dir, &job(), 1);
-    let label = &labels(&job(), 1)[1];
-    let good = fs::read(&paths[1]).expect("a file");
+    for body in [0, 1, 65_535, 65_536, 65_537, 131_072, 400_000] {
+        for size in [1, 1000, 65_536, 70_000, 200_000] {
+            let (path, label, bytes) = file_of(&dir, body);
+            let length = fs::metadata(&path).expect("a file").len() as usize;
+            assert_eq!(length, AROUND[0] + body + 4 * body.div_ceil(65_536) + AROUND[1]);
+            let (mut source, _) = FileSource::open(&path, &label).expect("good material");
+            let mut taken = vec![0; body];
+            for piece in taken.chunks_mut(size) {
+                source.take(piece).expect("enough");
+            }
+            assert!(taken == bytes, "{body} bytes in pieces of {size}");
+            let message = source.take(&mut [0]).expect_err("nothing left").to_string();
+            assert!(message.contains("used up"), "{message}");
+        }
+    }
+}
+
+#[test]
+fn a_file_that_is_not_whole_is_refused() {
+    let dir = TempDir::new().expect("a directory");
+    let (path, label, bytes) = file_of(&dir, 400_000);
+    let good = fs::read(&path).expect("a file");
+    let (start, length) = (AROUND[0], good.len());
+    let end = start + bytes.len();
     let flipped = |at: usize| {
         let mut bytes = good.clone();
         bytes[at] ^= 1;
         bytes
     };
-    let length = good.len();
-    let mut bad: Vec<Vec<u8>> = [
-        0,
-        15,
-        16,
-        17,
-        48,
-        49,
-        64,
-        65,
-        length / 2,
-        length - 33,
-        length - 32,
-        length - 1,
-    ]
-    .map(flipped)
-    .into();
-    bad.extend([0, 1, 64, 65, 96, 97, length / 2, length - 1].map(|len| good[..len].to_vec()));
+    let mut bad: Vec<Vec<u8>> = (0..start).chain(end..length).map(flipped).collect();
+    bad.extend([0, 1, start, 96, 97, length / 2, length - 1].map(|len| good[..len].to_vec()));
     bad.push([&good[..], &[0]].concat());
+    bad.push([&good[..end - 1], &good[end..]].concat());
     for (i, bytes) in bad.iter().enumerate() {
-        fs::write(&paths[1], bytes).expect("written");
-        let message = refused(&paths[1], label);
+        fs::write(&path, bytes).expect("written");
+        let message = refused(&path, &label);
         assert!(
             message.contains("not a complete material file"),
             "damage {i}: {message}"
         );
     }
-    fs::write(&paths[1], &good).expect("written");
-    FileSource::open(&paths[1], label).expect("whole again");
+    fs::write(&path, &good).expect("written");
+    FileSource::open(&path, &label).expect("whole again");
+}
+
+#[test]
+fn damage_is_found_before_anything_of_it_is_used() {
+    let dir = TempDir::new().expect("a directory");
+    let body = 400_000;
+    for at in [0, 1, 65_535, 65_536, 200_000, body - 1] {
+        for size in [1, 1000, 65_536, 70_000, body] {
+            let (path, label, bytes) = file_of(&dir, body);
+            let mut file = fs::read(&path).expect("a file");
+            file[AROUND[0] + at] ^= 1;
+            fs::write(&path, file).expect("written");
+            let (mut source, _) = FileSource::open(&path, &label).expect("all there");
+            let mut good = 0;
+            let message = loop {
+                let mut piece = vec![0; size.min(body - good)];
+                if let Err(e) = source.take(&mut piece) {
+                    break e.to_string();
+                }
+                assert!(piece == bytes[good..good + piece.len()], "good so far");
+                good += piece.len();
+                assert!(good <= at, "byte {at} in pieces of {size} was handed out");
+            };
+            assert!(message.contains("damaged since it was made"), "{message}");
+            fs::remove_file(&path).expect_err("opening removed it");
+        }
+    }
+}
+
+#[test]
+fn a_run_on_damaged_material_ends_on_both_sides() {
+    let dir = TempDir::new().expect("a directory");
+    let paths = deal(&dir, &job(), 1);
+    let mut file = fs::read(&paths[1]).expect("a file");
+    let at = file.len() / 2;
+    file[at] ^= 1;
+    fs::write(&paths[1], file).expect("written");
+    let ended = consume(&job(), open(&paths, &job(), 1), 1);
+    let errors = ended.map(|e| e.expect_err("damaged").to_string());
+    assert!(errors[1].contains("damaged since it was made"), "{errors:?}");
+    assert!(errors[0].contains("damaged since it was made"), "{errors:?}");
 }
 
 #[cfg(unix)]
