@@ -80,8 +80,8 @@ impl Source for Shelf {
     }
 }
 
-/// Material of more bytes than this goes through files: it would not fit in memory twice.
-const IN_MEMORY: u64 = 4 << 30;
+/// Material of more bytes than this goes through files: memory for it twice costs more time than reading it.
+const IN_MEMORY: u64 = 7 << 29;
 /// Gates that the preparation of such material then runs ahead, in the time of the online phase.
 const AHEAD: usize = 8;
 
