@@ -374,7 +374,7 @@ fn what_does_not_fit_is_explained() {
     run(&mut file("label.tsv", "ba be\tearly\nba\tnever\n"))
         .explains(2, &["label.tsv", "line 2", "never", "--data"]);
     run(&mut file("empty.tsv", "ba\tearly\n\tlate\n")).explains(2, &["empty.tsv", "line 2", "empty text"]);
-    run(&mut file("pair.tsv", "ba\tbe\tearly\n")).explains(2, &["pair.tsv", "3 columns"]);
+    run(&mut file("pair.tsv", "ba\tbe\tearly\n")).explains(2, &["pair.tsv", "3 instead of 2 columns"]);
     let mut command = world.command("train", "train.tsv", &["--tokens", "13", "--out"]);
     run(command.arg(world.at("none"))).explains(2, &["minilm", "3 to 12", "--backbone"]);
 

@@ -106,7 +106,7 @@ pub fn labels(path: &Path) -> Result<(Vec<String>, bool)> {
             Ok(Layout::plain(pairs, first))
         }
         n => Err(format!(
-            "{n} columns: give lines of text and label, or two texts and label, between tabs, or name the columns in a task file"
+            "the number of columns is {n}: give lines of text and label, or two texts and label, between tabs, or name the columns in a task file"
         )),
     };
     lines(path, layout, |_, _, label| {
@@ -151,7 +151,7 @@ fn lines(
         if columns.len() != layout.columns {
             let (found, wanted) = (columns.len(), layout.columns);
             let detail = format!(
-                "{found} columns, not {wanted}: separate texts and label by tabs, one example a line"
+                "{found} instead of {wanted} columns: separate texts and label by tabs, one example a line"
             );
             return Err(bad(detail));
         }

@@ -207,8 +207,11 @@ fn a_file_says_its_labels_by_itself() {
     assert!(task("a\tb\tyes\nc\td\tno\n").unwrap().pairs);
     for (content, part) in [
         ("secret\tpos\nsecret\tpos\n", "1 labels; 2 to 1024"),
-        ("a\tb\tc\td\n", "4 columns: give lines of text and label"),
-        ("secret\tpos\nsecret\n", "line 2: 1 columns, not 2"),
+        (
+            "a\tb\tc\td\n",
+            "the number of columns is 4: give lines of text and label",
+        ),
+        ("secret\tpos\nsecret\n", "line 2: 1 instead of 2 columns"),
         ("", "0 labels"),
     ] {
         let error = task(content).unwrap_err().to_string();
@@ -224,7 +227,7 @@ fn bad_lines_are_named_and_their_texts_are_not() {
             b"secret\tpos\nsecret\tbad\n",
             "line 2: label \"bad\" is none of the task, which knows neg, pos",
         ),
-        (b"secret\tpos\nsecret pos\n", "line 2: 1 columns, not 2"),
+        (b"secret\tpos\nsecret pos\n", "line 2: 1 instead of 2 columns"),
         (b"secret\tpos\n\nsecret\t\xff\n", "line 3: not UTF-8"),
         (b" \tpos\n", "line 1: an empty text"),
         (b"text\tlabel\n", "has no example"),
