@@ -1,6 +1,7 @@
 //! Matrix products, in multiply-adds a second: `cargo bench -p veiltune-ring --bench gemm [-- FILTER]`.
 //!
-//! Each product runs on one thread and on all cores; `nn` is `matmul`, `nt` is `matmul_nt`, `packed` is `matmul_packed`.
+//! Each product runs on one thread and on all cores; `nn` is `matmul`, `nt` is `matmul_nt`, `packed` is `matmul_packed`,
+//! `zeros` is `nt` with a left side that ends in 18 zeros.
 
 use std::hint::black_box;
 use std::time::Duration;
@@ -28,6 +29,7 @@ fn products(c: &mut Criterion<MacRate>) {
     let mut prg = Prg::new(&Seed::from_bytes([0; 16]), 0, 0);
     for [batch, m, k, n] in SHAPES {
         let a = prg.ring([batch, m, k]);
+        let zeros = a.map(|x| x << 18);
         let b = prg.ring([batch, k, n]);
         let bt = b.transpose(1, 2).expect("three dimensions");
         let packed = Packed::new_nt(
@@ -39,6 +41,7 @@ fn products(c: &mut Criterion<MacRate>) {
         let mut kinds: Vec<(&str, Product)> = vec![
             ("nn", Box::new(|| a.matmul(&b).expect("shapes fit"))),
             ("nt", Box::new(|| a.matmul_nt(&bt).expect("shapes fit"))),
+            ("zeros", Box::new(|| zeros.matmul_nt(&bt).expect("shapes fit"))),
         ];
         if batch == 1 {
             kinds.push((

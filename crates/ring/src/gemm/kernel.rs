@@ -27,6 +27,8 @@ pub(super) struct Kernel {
     pub cols: usize,
     /// Columns of a vector: what the width of a panel is a multiple of.
     pub lanes: usize,
+    /// One for sums modulo 2^52, if that is faster and the processor has IFMA. It takes the same panels.
+    narrow: Option<&'static Kernel>,
     /// For a kernel that uses Winograd's inner product: the sums on the left, see [`Kernel::row_sums`]. Those on the
     /// right are one more row of every panel.
     row_sums: Option<RowSums>,
@@ -42,6 +44,15 @@ type Transpose =
 type Pack = unsafe fn(kernel: &Kernel, y: &[u64], step: usize, k: usize, cols: usize, panels: &mut [u64]);
 
 impl Kernel {
+    /// The kernel for sums modulo 2^52 that takes the same panels, where this processor has one.
+    pub fn narrow(&self) -> Option<&'static Kernel> {
+        #[cfg(target_arch = "x86_64")]
+        let has = is_x86_feature_detected!("avx512ifma");
+        #[cfg(not(target_arch = "x86_64"))]
+        let has = false;
+        self.narrow.filter(|_| has)
+    }
+
     /// Words of the panels for `n` columns over `k` steps of the inner dimension.
     pub fn panel_len(&self, n: usize, k: usize) -> usize {
         n.next_multiple_of(self.lanes) * self.panel_rows(k)
@@ -144,6 +155,8 @@ pub(super) struct Tile<'a> {
     pub width: usize,
     /// Whether nothing was written to the output yet.
     pub first: bool,
+    /// For a narrow kernel: the sums are shifted up by so many bits as they are written.
+    pub shift: u32,
 }
 
 /// The kernels that this processor runs, slowest first.
@@ -171,6 +184,7 @@ static PORTABLE: Kernel = Kernel {
     rows: 4,
     cols: 4,
     lanes: 4,
+    narrow: None,
     row_sums: None,
     run: run_portable,
     transpose: transpose_portable,

@@ -13,6 +13,9 @@
 //!
 //! where the last two sums cost one multiplication an element, not one a product. Vector units add on more ports than
 //! they multiply on.
+//!
+//! A left side whose words are all multiples of 2^z, as masked values may be, is shifted down first: then the
+//! product is needed modulo 2^(64-z) only, and from z = 12 on, instructions for 52 bits do.
 
 mod kernel;
 mod pack;
@@ -50,12 +53,10 @@ pub(crate) fn matmul_packed(a: &Ring, b: &Packed) -> Result<Ring, Error> {
     if k == 0 || a.is_empty() || n == 0 {
         return Ok(Ring::zeros(dims));
     }
-    let out = run(
-        b.kernel(),
-        Shape { m: a.len() / k, n, k },
-        &[(a.as_slice(), Right::Packed(b))],
-        false,
-    );
+    let shape = Shape { m: a.len() / k, n, k };
+    let out = narrowed(b.kernel(), a.as_slice(), shape, |method, a| {
+        run(method, shape, &[(a, Right::Packed(b))], false)
+    });
     Ok(Ring::from_parts(dims, out))
 }
 
@@ -72,6 +73,44 @@ struct Shape {
     m: usize,
     n: usize,
     k: usize,
+}
+
+/// A kernel, and by how many bits its sums are shifted up.
+#[derive(Clone, Copy)]
+struct Method {
+    kernel: &'static Kernel,
+    shift: u32,
+}
+
+/// Bits that the words of a left side have to end in, all zero, for its product to be one of 52 bits.
+const NARROW: u32 = 12;
+
+/// Calls `multiply` with the left side and how to multiply it: shifted down, with a narrow kernel, where it ends in zeros. How it is
+/// done depends on the words of the left side; where they are secret they are masked, and have the zeros that their kind has.
+fn narrowed<T>(
+    kernel: &'static Kernel,
+    left: &[u64],
+    shape: Shape,
+    multiply: impl FnOnce(Method, &[u64]) -> T,
+) -> T {
+    // Of less, looking costs more than it brings; and a single row or column is not multiplied by a kernel.
+    let large = shape.m >= 8 && shape.n >= 64;
+    let narrow = kernel.narrow().filter(|_| large).and_then(|kernel| {
+        // Most that have none say so at once.
+        let ends = left.chunks(1 << 10).try_fold(0, |ends, words| {
+            let ends = words.iter().fold(ends, |ends, word| ends | word);
+            (ends.trailing_zeros() >= NARROW).then_some(ends)
+        })?;
+        let shift = ends.trailing_zeros().min(63);
+        Some((
+            Method { kernel, shift },
+            left.iter().map(|x| x >> shift).collect::<Vec<_>>(),
+        ))
+    });
+    match &narrow {
+        Some((method, left)) => multiply(*method, left),
+        None => multiply(Method { kernel, shift: 0 }, left),
+    }
 }
 
 /// The operands of one product.
@@ -91,10 +130,17 @@ fn product(kernel: &'static Kernel, dims: Vec<usize>, a: &Ring, b: &Ring, layout
         Layout::Rows => Right::Rows(y),
         Layout::Columns => Right::Columns(y),
     };
-    let out = if y.len() == k * n {
-        // A right side that all share: one product, of all the rows on the left.
-        run_either(kernel, Shape { m: count * m, n, k }, &[(x, right(y))])
-    } else {
+    // A right side that all share: one product, of all the rows on the left.
+    let shared = y.len() == k * n;
+    let shape = Shape {
+        m: if shared { count * m } else { m },
+        n,
+        k,
+    };
+    let out = narrowed(kernel, x, shape, |method, x| {
+        if shared {
+            return run_either(method, shape, &[(x, right(y))]);
+        }
         let mut strides = [
             broadcast_strides(batch_a, batch),
             broadcast_strides(batch_b, batch),
@@ -108,17 +154,13 @@ fn product(kernel: &'static Kernel, dims: Vec<usize>, a: &Ring, b: &Ring, layout
             let [i, j] = walk.offsets(at);
             (&x[i * m * k..][..m * k], right(&y[j * n * k..][..n * k]))
         };
-        run_either(
-            kernel,
-            Shape { m, n, k },
-            &(0..count).map(pair).collect::<Vec<_>>(),
-        )
-    };
+        run_either(method, shape, &(0..count).map(pair).collect::<Vec<_>>())
+    });
     Ring::from_parts(dims, out)
 }
 
 /// Runs the products as they are, or as their transposes: of two operands that lie alike, the smaller is packed.
-fn run_either<'a>(kernel: &'static Kernel, shape: Shape, pairs: &[Pair<'a>]) -> Vec<u64> {
+fn run_either<'a>(method: Method, shape: Shape, pairs: &[Pair<'a>]) -> Vec<u64> {
     let Shape { m, n, k } = shape;
     let swap = |(a, b): &Pair<'a>| match b {
         Right::Columns(b) => Some((*b, Right::Columns(a))),
@@ -131,8 +173,8 @@ fn run_either<'a>(kernel: &'static Kernel, shape: Shape, pairs: &[Pair<'a>]) -> 
     }
     match swapped().filter(|_| m < n || n == 1) {
         Some(pairs) if n == 1 => vectors(Shape { m: 1, n: m, k }, &pairs),
-        Some(pairs) => run(kernel, Shape { m: n, n: m, k }, &pairs, true),
-        None => run(kernel, shape, pairs, false),
+        Some(pairs) => run(method, Shape { m: n, n: m, k }, &pairs, true),
+        None => run(method, shape, pairs, false),
     }
 }
 
@@ -192,7 +234,7 @@ vectorised! {
 }
 
 /// The product of every pair, one after the other: `m x n` words each, or `n x m` where `transposed`.
-fn run(kernel: &'static Kernel, shape: Shape, pairs: &[Pair], transposed: bool) -> Vec<u64> {
+fn run(method: Method, shape: Shape, pairs: &[Pair], transposed: bool) -> Vec<u64> {
     let Shape { m, n, k } = shape;
     assert!(
         k > 0 && pairs.iter().all(|(left, _)| left.len() == m * k),
@@ -205,7 +247,7 @@ fn run(kernel: &'static Kernel, shape: Shape, pairs: &[Pair], transposed: bool) 
         step: if transposed { m } else { n },
         transposed,
     };
-    let grid = Grid::new(kernel, shape, pairs);
+    let grid = Grid::new(method.kernel, shape, pairs);
     let task = |task: usize| {
         let (batch, row, col) = grid.locate(task);
         let (left, right) = &pairs[batch];
@@ -214,7 +256,7 @@ fn run(kernel: &'static Kernel, shape: Shape, pairs: &[Pair], transposed: bool) 
         unsafe {
             let out = out.skip(batch * m * n);
             Task {
-                kernel,
+                method,
                 shape,
                 left,
                 right,
@@ -339,7 +381,7 @@ impl Grid {
 
 /// A rectangle of one product.
 struct Task<'a> {
-    kernel: &'static Kernel,
+    method: Method,
     shape: Shape,
     left: &'a [u64],
     right: &'a Right<'a>,
@@ -362,7 +404,7 @@ impl Task<'_> {
     /// The output must have room for the whole product, and nobody else may use the rectangle meanwhile.
     unsafe fn run(&self) {
         let Task {
-            kernel,
+            method: Method { kernel, .. },
             shape,
             left,
             right,
@@ -421,7 +463,10 @@ impl Task<'_> {
         coming: &mut Ahead,
     ) {
         let &Task {
-            kernel, shape, left, ..
+            method: Method { kernel, shift },
+            shape,
+            left,
+            ..
         } = self;
         let Block { ks, cols } = block;
         let (row, height, k) = (rows.start, rows.len(), ks.len());
@@ -449,6 +494,7 @@ impl Task<'_> {
                 panel,
                 width,
                 first,
+                shift,
             };
             if !out.transposed && inside == width {
                 // SAFETY: the whole tile lies within the rectangle.
@@ -609,7 +655,31 @@ mod tests {
         }
     }
 
+    /// A left side that ends in so many zeros, by the kernel for them where there is one.
+    fn check_narrow(batch: &[usize], m: usize, k: usize, n: usize, zeros: u32) {
+        let a = tensor(&[batch, &[m, k]].concat(), 3).map(|x| x << zeros);
+        let b = tensor(&[k, n], 4);
+        let transposed = b.transpose(0, 1).unwrap();
+        let dims = [batch, &[m, n]].concat();
+        let rows = batch.iter().product::<usize>() * m;
+        let expected = naive(a.as_slice(), b.as_slice(), rows, k, n);
+        for kernel in kernel::available() {
+            let rows = product(kernel, dims.clone(), &a, &b, Layout::Rows);
+            assert!(rows.as_slice() == expected, "{} x rows", kernel.name);
+            let columns = product(kernel, dims.clone(), &a, &transposed, Layout::Columns);
+            assert!(columns.as_slice() == expected, "{} x columns", kernel.name);
+            let packed = Packed::with_kernel(kernel, &transposed).unwrap();
+            let packed = a.matmul_packed(&packed).unwrap();
+            assert!(packed.as_slice() == expected, "{} x packed", kernel.name);
+        }
+    }
+
     proptest! {
+        #[test]
+        fn zeros_at_the_end_change_nothing(m in 1usize..40, k in 1usize..50, n in 60usize..90, zeros in 10u32..=63) {
+            check_narrow(&[2], m, k, n, zeros);
+        }
+
         #[test]
         fn kernels_agree_with_the_definition(m in 0usize..40, k in 0usize..50, n in 0usize..70) {
             check(&[], &[], m, k, n);
@@ -637,6 +707,8 @@ mod tests {
                 .unwrap();
             pool.install(|| {
                 check(&[], &[], 70, 1030, 277);
+                check_narrow(&[], 70, 1030, 277, 18);
+                check_narrow(&[], 277, 1030, 70, 12);
                 check(&[], &[], 301, 33, 513);
                 check(&[], &[], 1, 600, 4500);
                 check(&[], &[], 600, 200, 5);

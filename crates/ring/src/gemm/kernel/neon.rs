@@ -9,6 +9,7 @@ pub(super) static NEON: Kernel = Kernel {
     rows: 4,
     cols: 4,
     lanes: 2,
+    narrow: None,
     row_sums: None,
     run: run_neon,
     transpose: transpose_portable,
