@@ -353,9 +353,7 @@ impl FileSource {
             Seed::from_bytes(seed),
         ))
     }
-}
 
-impl FileSource {
     /// Reads the next block into `out`, which is as long as it.
     fn read_block(file: &mut File, sum: Option<[u8; CHECKSUM]>, path: &Path, out: &mut [u8]) -> Result<()> {
         file.read_exact(out).map_err(|e| file_error(path, &e))?;
