@@ -24,7 +24,7 @@ fn intervals(exponent: f64) -> f64 {
     (24.0 * (0.5 * exponent * (exponent - 1.0)).sqrt()).ceil()
 }
 
-/// 1 / x for x in `range`, elementwise, with a relative error of at most 1.1e-4 and at least 14 bits of the smallest
+/// 1 / x for x in `range`, elementwise, with a relative error of at most 1.4e-4 and at least 14 bits of the smallest
 /// result.
 pub fn reciprocal<G: Gates>(g: &G, x: &G::T, range: (f64, f64)) -> Result<G::T> {
     let (low, high) = range;
