@@ -5,7 +5,7 @@
 //! bounds that the protocols rest on are asserted: no product leaves the signed range, no truncated value reaches
 //! 2^62, no compared value exceeds its declared bits.
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -13,6 +13,7 @@ use veiltune_ring::prg::{Prg, Seed};
 use veiltune_ring::{Ring, codec};
 
 use crate::gates::{self, Gates, Local, Meta, Product, SCALE};
+use crate::material::Dealt;
 use crate::offline::low_bits;
 use crate::opening::{BOTH, Carry, GateId, Learners, Opening, PARAMETER_GATES, holds};
 use crate::protocols::{
@@ -43,7 +44,11 @@ pub struct FixedTensor(Rc<Inner>);
 struct Inner {
     meta: Meta,
     value: Ring,
-    cell: RefCell<(Opening, Option<Ring>)>,
+    opening: RefCell<Opening>,
+    /// Its mask once something asked for it: most products need none here.
+    mask: OnceCell<Ring>,
+    /// Of what is opened as a view of another tensor: which, and what was done to it.
+    view: Option<(FixedTensor, Local)>,
     /// Of a value that is known up to dealt values; see [`carried`].
     carried: Option<Rc<Traced>>,
     /// Of a truncated value that was not opened: what was dealt, and the rest of its mask.
@@ -84,12 +89,12 @@ impl Fixed {
 
     /// A new tensor that is known up to dealt values, if `carried`.
     pub(crate) fn carrying(&self, meta: Meta, value: Ring, carried: Option<Traced>) -> FixedTensor {
-        self.make(meta, value, carried.map(Rc::new), None)
+        self.make(meta, value, carried.map(Rc::new), None, None)
     }
 
     /// A new tensor that is public but for a carry and `dealt`; see [`truncate`](crate::protocols::truncate).
     pub(crate) fn truncated(&self, meta: Meta, value: Ring, dealt: Ring, left: Carry) -> FixedTensor {
-        self.make(meta, value, None, Some((dealt, left)))
+        self.make(meta, value, None, Some((dealt, left)), None)
     }
 
     fn make(
@@ -98,13 +103,19 @@ impl Fixed {
         value: Ring,
         carried: Option<Rc<Traced>>,
         cut: Option<(Ring, Carry)>,
+        view: Option<(FixedTensor, Local)>,
     ) -> FixedTensor {
         debug_assert!(gates::are_multiples(&value, meta.zeros));
-        let opening = Opening::new(meta.owner);
+        let opening = match &view {
+            Some((of, _)) => of.0.opening.borrow().clone(),
+            None => Opening::new(meta.owner),
+        };
         FixedTensor(Rc::new(Inner {
             meta,
             value,
-            cell: RefCell::new((opening, None)),
+            opening: RefCell::new(opening),
+            mask: OnceCell::new(),
+            view,
             carried,
             cut,
         }))
@@ -120,6 +131,11 @@ impl Fixed {
         Prg::new(&self.seeds[0], stream.0, stream.1).bits(n, bits)
     }
 
+    /// The same, to be read piece by piece.
+    pub(crate) fn first_dealt(&self, stream: (GateId, u16), bits: u32) -> Dealt {
+        Dealt::Stream(Box::new(Prg::new(&self.seeds[0], stream.0, stream.1)), bits)
+    }
+
     pub(crate) fn gate(&self) -> GateId {
         let id = self.next_gate.get();
         self.next_gate.set(id + 1);
@@ -127,47 +143,43 @@ impl Fixed {
     }
 
     pub(crate) fn is_open(&self, x: &FixedTensor) -> bool {
-        x.0.cell.borrow().0.is_full()
+        x.0.opening.borrow().is_full()
     }
 
     /// The whole mask of an opened tensor.
-    pub(crate) fn mask(&self, x: &FixedTensor) -> Ring {
-        x.0.cell
-            .borrow()
-            .1
-            .clone()
-            .unwrap_or_else(|| Ring::zeros(x.0.meta.dims.clone()))
-    }
-
-    pub(crate) fn open_for(&self, requests: &[(&FixedTensor, Learners)]) -> Result<()> {
-        requests
-            .iter()
-            .try_for_each(|(x, learners)| self.request(x, *learners, || self.gate()))
-    }
-
-    fn request(&self, x: &FixedTensor, learners: Learners, fresh: impl FnOnce() -> GateId) -> Result<()> {
-        let mut cell = x.0.cell.borrow_mut();
-        if cell.0.request(learners, fresh).1 {
-            let id = cell.0.id.expect("set by request");
-            if let Some((dealt, left)) = &x.0.cut {
-                let mut mask = dealt.clone();
-                let fresh = self.small_mask(id, 0, dealt.len(), left.bits);
-                for (m, s) in mask.make_mut().iter_mut().zip(fresh) {
-                    *m = m.wrapping_add(s << left.zeros());
-                }
-                cell.1 = Some(mask);
-                return Ok(());
-            }
-            let mut mask = Ring::zeros(x.0.meta.dims.clone());
-            for i in 0..2 {
-                if holds(x.0.meta.owner, i) {
-                    let part = Prg::new(&self.seeds[i], id, 0).ring(x.0.meta.dims.clone());
-                    mask.add_assign(&gates::floor_to(part, x.0.meta.zeros))?;
-                }
-            }
-            cell.1 = Some(mask);
+    pub(crate) fn mask(&self, x: &FixedTensor) -> Result<Ring> {
+        let (x, dims) = (&x.0, &x.0.meta.dims);
+        let Some(id) = x.opening.borrow().id else {
+            return Ok(Ring::zeros(dims.clone()));
+        };
+        if let Some(mask) = x.mask.get() {
+            return Ok(mask.clone());
         }
-        Ok(())
+        let mut mask;
+        if let Some((of, map)) = &x.view {
+            mask = map.apply(&self.mask(of)?)?;
+        } else if let Some((dealt, left)) = &x.cut {
+            mask = dealt.clone();
+            let fresh = self.small_mask(id, 0, dealt.len(), left.bits);
+            for (m, s) in mask.make_mut().iter_mut().zip(fresh) {
+                *m = m.wrapping_add(s << left.zeros());
+            }
+        } else {
+            mask = Ring::zeros(dims.clone());
+            for i in 0..2 {
+                if holds(x.meta.owner, i) {
+                    let part = Prg::new(&self.seeds[i], id, 0).ring(dims.clone());
+                    mask.add_assign(&gates::floor_to(part, x.meta.zeros))?;
+                }
+            }
+        }
+        Ok(x.mask.get_or_init(|| mask).clone())
+    }
+
+    pub(crate) fn open_for(&self, requests: &[(&FixedTensor, Learners)]) {
+        for (x, learners) in requests {
+            x.0.opening.borrow_mut().request(*learners, || self.gate());
+        }
     }
 
     /// The small mask of a gate: the sum of both parties' parts.
@@ -233,7 +245,7 @@ impl Gates for Fixed {
         let id = self.next_parameter.get();
         self.next_parameter.set(id + 1);
         if gates::opens_at_setup(owner, dims) {
-            self.request(&x, BOTH, || id)?;
+            x.0.opening.borrow_mut().request(BOTH, || id);
         }
         Ok(x)
     }
@@ -241,21 +253,16 @@ impl Gates for Fixed {
     fn local(&self, x: &FixedTensor, map: &Local) -> Result<FixedTensor> {
         // The same ring elements are known in the same way.
         let carried = x.0.carried.clone().filter(|_| matches!(map, Local::Relabel(_)));
-        let from = x.0.cell.borrow();
+        let opened = x.0.opening.borrow().id.is_some();
         let cut = match &x.0.cut {
-            Some((dealt, left)) if from.0.id.is_none() => match left.after(map) {
+            Some((dealt, left)) if !opened => match left.after(map) {
                 Some(left) => Some((map.apply(dealt)?, left)),
                 None => None,
             },
             _ => None,
         };
-        let out = self.make(map.meta(&x.0.meta)?, map.apply(&x.0.value)?, carried, cut);
-        if from.0.id.is_some() {
-            let mask = from.1.as_ref().map(|m| map.apply(m)).transpose()?;
-            *out.0.cell.borrow_mut() = (from.0.clone(), mask);
-        }
-        drop(from);
-        Ok(out)
+        let view = opened.then(|| (x.clone(), map.clone()));
+        Ok(self.make(map.meta(&x.0.meta)?, map.apply(&x.0.value)?, carried, cut, view))
     }
 
     fn concat(&self, xs: &[&FixedTensor], dim: usize) -> Result<FixedTensor> {
@@ -272,18 +279,18 @@ impl Gates for Fixed {
     }
 
     fn add_constant(&self, x: &FixedTensor, c: u64) -> Result<FixedTensor> {
-        let out = self.tensor(gates::shifted_meta(&x.0.meta, c), x.0.value.add_scalar(c));
-        let from = x.0.cell.borrow();
-        if from.0.is_full() {
-            *out.0.cell.borrow_mut() = from.clone();
-        }
-        drop(from);
-        Ok(out)
+        // The mask is that of x.
+        let view = self
+            .is_open(x)
+            .then(|| (x.clone(), Local::Relabel(x.0.meta.scale)));
+        let meta = gates::shifted_meta(&x.0.meta, c);
+        Ok(self.make(meta, x.0.value.add_scalar(c), None, None, view))
     }
 
     fn open(&self, xs: &[&FixedTensor]) -> Result<()> {
         let requests: Vec<_> = xs.iter().map(|x| (*x, BOTH)).collect();
-        self.open_for(&requests)
+        self.open_for(&requests);
+        Ok(())
     }
 
     fn product(&self, kind: Product, a: &FixedTensor, b: &FixedTensor) -> Result<FixedTensor> {

@@ -438,8 +438,6 @@ pub(crate) enum Dealt {
     Stream(Box<Prg>, u32),
     /// The second party's.
     Packed(Vec<u8>, u32),
-    /// As they are, for the fixed-point interpreter.
-    Words(Vec<u64>),
 }
 
 impl Dealt {
@@ -455,7 +453,6 @@ impl Dealt {
                 let bytes = &bytes[pack::packed_len(first, *bits)..][..pack::packed_len(out.len(), *bits)];
                 pack::unpack(bytes, *bits, out);
             }
-            Dealt::Words(words) => out.copy_from_slice(&words[first..first + out.len()]),
         }
     }
 }

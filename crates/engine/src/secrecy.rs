@@ -8,7 +8,6 @@ use veiltune_ring::prg::{Prg, Seed};
 
 use crate::gates::Gates;
 use crate::material::ParameterStore;
-use crate::offline::Offline;
 use crate::online::Online;
 use crate::protocols::compare::Comparison;
 use crate::{Owner, Party};
@@ -57,7 +56,7 @@ fn debug_shows_no_values() {
 #[test]
 #[should_panic(expected = "would serve twice")]
 fn drawing_twice_is_found() {
-    let walk = Offline::count(Comparison::Fss);
+    let walk = crate::offline::Offline::count(Comparison::Fss);
     walk.claim((5, 0));
     walk.claim((5, 1));
     walk.claim((6, 0));

@@ -192,6 +192,12 @@ impl Series {
         harmonics::dealt(&t, bits, self.harmonics(), self.dealt_scale)
     }
 
+    /// What [`deal`](Series::deal) gives, made where [`accumulate`](Series::accumulate) reads it.
+    pub fn dealing<'a>(&self, t: &'a [u64], bits: u32) -> impl Fn(usize, &mut [u64]) + Sync + 'a {
+        let ((t, bits), harmonics, scale) = (leading(t, bits), self.harmonics(), self.dealt_scale);
+        move |first, out| harmonics::dealt_tiles(&t, bits, harmonics, scale, first, out)
+    }
+
     /// The trigonometric part for opened `d` modulo 2^bits, with so many fractional bits of the coefficients beside those of the
     /// dealt values, which `read` gives as for [`harmonics::combine`]. Linear in these: on shares it gives shares.
     pub fn accumulate(

@@ -23,13 +23,19 @@ pub fn dealt(angles: &[u64], bits: u32, harmonics: usize, scale: u32) -> Vec<u64
     let whole = angles.len() / TILE * TILE;
     let (tiles, rest) = out.split_at_mut(whole * width);
     fill_rows(tiles, TILE * width, |first, rows| {
-        let angles = &angles[first * TILE..];
-        for (out, angles) in rows.chunks_exact_mut(TILE * width).zip(angles.chunks_exact(TILE)) {
-            deal_tile(angles, bits, scale, out);
-        }
+        dealt_tiles(angles, bits, harmonics, scale, first * TILE * width, rows);
     });
-    deal_tile(&angles[whole..], bits, scale, rest);
+    dealt_tiles(angles, bits, harmonics, scale, whole * width, rest);
     out
+}
+
+/// What [`dealt`] gives from `first` on, the beginning of a tile, as much as fits into `out`: whole tiles, or all that are left.
+pub fn dealt_tiles(angles: &[u64], bits: u32, harmonics: usize, scale: u32, first: usize, out: &mut [u64]) {
+    let width = 2 * harmonics;
+    let angles = angles[first / width..].chunks(TILE);
+    for (out, angles) in out.chunks_mut(TILE * width).zip(angles) {
+        deal_tile(angles, bits, scale, out);
+    }
 }
 
 /// For every angle, the sum over k of `(cos_k cos(k theta) + sin_k sin(k theta)) C_k + (cos_k sin(k theta) - sin_k
@@ -77,7 +83,8 @@ vectorised! {
             return;
         }
         let unit = (1u64 << scale) as f64;
-        let mut rotor = Rotor::new(angles, bits);
+        // All at once: lines of the cache are written one after the other.
+        let mut rotor = Rotor::<TILE>::new(angles, bits);
         for pair in out.chunks_exact_mut(2 * n) {
             let (c, s) = pair.split_at_mut(n);
             for ((c, s), (x, y)) in c.iter_mut().zip(s).zip(rotor.cos.iter().zip(&rotor.sin)) {
@@ -92,39 +99,52 @@ vectorised! {
 vectorised! {
     fn combine_tile(angles: &[u64], bits: u32, cos: &[f64], sin: &[f64], scale: u32, dealt: &[u64], out: &mut [u64]) {
         let n = angles.len();
-        if n == 0 {
-            return;
-        }
         let unit = (1u64 << scale) as f64;
-        let mut rotor = Rotor::new(angles, bits);
-        let mut sum = [0u64; TILE];
-        for (pair, (a, b)) in dealt.chunks_exact(2 * n).zip(cos.iter().zip(sin)) {
-            let (a, b) = (a * unit, b * unit);
-            let (c, s) = pair.split_at(n);
-            for (((sum, c), s), (x, y)) in sum.iter_mut().zip(c).zip(s).zip(rotor.cos.iter().zip(&rotor.sin)) {
-                let on_cos = round(a * x + b * y);
-                let on_sin = round(a * y - b * x);
-                *sum = sum.wrapping_add(on_cos.wrapping_mul(*c)).wrapping_add(on_sin.wrapping_mul(*s));
+        for first in (0..n).step_by(LANES) {
+            let lanes = LANES.min(n - first);
+            let mut rotor = Rotor::<LANES>::new(&angles[first..first + lanes], bits);
+            let mut sum = [0u64; LANES];
+            for (pair, (a, b)) in dealt.chunks_exact(2 * n).zip(cos.iter().zip(sin)) {
+                let (a, b) = (a * unit, b * unit);
+                let (c, s) = (lanes_of(&pair[first..n]), lanes_of(&pair[n + first..]));
+                for j in 0..LANES {
+                    let (x, y) = (rotor.cos[j], rotor.sin[j]);
+                    let on_cos = round(a * x + b * y);
+                    let on_sin = round(a * y - b * x);
+                    sum[j] = sum[j].wrapping_add(on_cos.wrapping_mul(c[j])).wrapping_add(on_sin.wrapping_mul(s[j]));
+                }
+                rotor.advance();
             }
-            rotor.advance();
+            out[first..first + lanes].copy_from_slice(&sum[..lanes]);
         }
-        out.copy_from_slice(&sum[..n]);
     }
 }
 
-/// cos(k theta) and sin(k theta) of up to [`TILE`] angles, for k = 1 and on.
-struct Rotor {
-    twice: [f64; TILE],
-    cos: [f64; TILE],
-    sin: [f64; TILE],
-    cos_before: [f64; TILE],
-    sin_before: [f64; TILE],
+/// The first values, and zeros if there are fewer.
+#[inline(always)]
+fn lanes_of(values: &[u64]) -> [u64; LANES] {
+    match values.first_chunk() {
+        Some(lanes) => *lanes,
+        None => std::array::from_fn(|j| values.get(j).copied().unwrap_or(0)),
+    }
 }
 
-impl Rotor {
+/// Angles that [`combine`] takes through all harmonics at a time: few enough for their [`Rotor`] to stay in registers.
+const LANES: usize = 16;
+
+/// cos(k theta) and sin(k theta) of up to `N` angles, for k = 1 and on.
+struct Rotor<const N: usize> {
+    twice: [f64; N],
+    cos: [f64; N],
+    sin: [f64; N],
+    cos_before: [f64; N],
+    sin_before: [f64; N],
+}
+
+impl<const N: usize> Rotor<N> {
     #[inline(always)]
-    fn new(angles: &[u64], bits: u32) -> Rotor {
-        let (mut cos, mut sin, mut twice) = ([0.0; TILE], [0.0; TILE], [0.0; TILE]);
+    fn new(angles: &[u64], bits: u32) -> Self {
+        let (mut cos, mut sin, mut twice) = ([0.0; N], [0.0; N], [0.0; N]);
         for (((c, s), t), d) in cos.iter_mut().zip(&mut sin).zip(&mut twice).zip(angles) {
             (*c, *s) = unit_circle(*d, bits);
             *t = 2.0 * *c;
@@ -133,15 +153,15 @@ impl Rotor {
             twice,
             cos,
             sin,
-            cos_before: [1.0; TILE],
-            sin_before: [0.0; TILE],
+            cos_before: [1.0; N],
+            sin_before: [0.0; N],
         }
     }
 
     /// To the next k: cos((k+1)a) = 2 cos(a) cos(ka) - cos((k-1)a), and the same for the sine.
     #[inline(always)]
     fn advance(&mut self) {
-        for j in 0..TILE {
+        for j in 0..N {
             let c = self.twice[j] * self.cos[j] - self.cos_before[j];
             let s = self.twice[j] * self.sin[j] - self.sin_before[j];
             (self.cos_before[j], self.sin_before[j]) = (self.cos[j], self.sin[j]);
@@ -245,6 +265,9 @@ mod tests {
             let all = dealt(&t, bits, 3, scale);
             let read = |first: usize, out: &mut [u64]| out.copy_from_slice(&all[first..first + out.len()]);
             let sum = combine(&d, bits, (&cos, &sin), scale, read);
+            // The same of values that are dealt as they are read.
+            let read = |first: usize, out: &mut [u64]| dealt_tiles(&t, bits, 3, scale, first, out);
+            assert_eq!(sum, combine(&d, bits, (&cos, &sin), scale, read));
             for (x, y) in x.iter().zip(sum) {
                 let a = *x as f64 / (1u64 << bits) as f64 * TAU;
                 let y = y as i64 as f64 / (1u64 << (2 * scale)) as f64;

@@ -543,7 +543,7 @@ fn fixed_known(f: &Fixed, x: &FixedTensor) -> Result<Option<Rc<Traced>>> {
     }
     Ok(Some(Rc::new(Traced {
         carried: Carried {
-            masked: f.ring(x).add(&f.mask(x))?,
+            masked: f.ring(x).add(&f.mask(x)?)?,
             carries: Vec::new(),
             traced: false,
         },
@@ -587,7 +587,7 @@ pub(crate) fn fixed_product(
         return Ok(None);
     };
     let meta = product_meta(kind, f.meta(a), f.meta(b))?;
-    open_rest(|xs| f.open_for(xs), a, b, used)?;
+    open_rest(|xs| f.open_for(xs), a, b, used);
     let gate = f.gate();
     let mut value = kind.apply(f.ring(a), f.ring(b))?;
     super::product::assert_no_wrap(kind, f.ring(a), f.ring(b), &value)?;
@@ -628,7 +628,7 @@ pub(crate) fn fixed_square_sum(f: &Fixed, x: &FixedTensor) -> Result<FixedTensor
         return square_and_sum(f, x);
     }
     if carried.is_none() {
-        f.open_for(&[(x, BOTH)])?;
+        f.open_for(&[(x, BOTH)]);
     }
     f.gate();
     let square = Product::Elementwise.apply(f.ring(x), f.ring(x))?;

@@ -208,10 +208,10 @@ pub(crate) fn online(p: &Online, x: &Share, want: Want) -> Result<Share> {
 pub(crate) fn fixed(f: &Fixed, x: &FixedTensor, want: Want) -> Result<FixedTensor> {
     let (meta, bits) = (want.output(f.meta(x))?, width(f.meta(x))?);
     f.assert_below("compare", f.ring(x), bits - 1)?;
-    f.open_for(&[(x, BOTH)])?;
+    f.open_for(&[(x, BOTH)]);
     f.gate();
     let mut value = f.ring(x).clone();
-    for (x, r) in value.make_mut().iter_mut().zip(f.mask(x).as_slice()) {
+    for (x, r) in value.make_mut().iter_mut().zip(f.mask(x)?.as_slice()) {
         *x = match want {
             _ if (*x as i64) < 0 => 0,
             Want::Bit => 1,

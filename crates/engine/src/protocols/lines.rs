@@ -185,9 +185,9 @@ pub(crate) fn fixed(f: &Fixed, x: &FixedTensor, spec: &Arc<Lines>) -> Result<Fix
         );
         return Err(f.out_of_range("activation", detail));
     }
-    f.open_for(&[(x, BOTH)])?;
+    f.open_for(&[(x, BOTH)]);
     f.gate();
-    let mask = f.mask(x);
+    let mask = f.mask(x)?;
     let mut value = f.ring(x).clone();
     for (x, r) in value.make_mut().iter_mut().zip(mask.as_slice()) {
         let (c, rho) = (spec.coarse(x.wrapping_add(*r)), spec.coarse(*r));

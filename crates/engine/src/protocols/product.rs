@@ -194,11 +194,11 @@ pub(crate) fn fixed(f: &Fixed, kind: Product, a: &FixedTensor, b: &FixedTensor) 
         Case::Local => {}
         Case::Owned { owner, right } => {
             let (x, w) = if right { (a, b) } else { (b, a) };
-            f.open_for(&[(x, only(owner)), (w, only(owner.peer()))])?;
+            f.open_for(&[(x, only(owner)), (w, only(owner.peer()))]);
             f.gate();
         }
         Case::Shared => {
-            f.open_for(&[(a, BOTH), (b, BOTH)])?;
+            f.open_for(&[(a, BOTH), (b, BOTH)]);
             f.gate();
         }
     }

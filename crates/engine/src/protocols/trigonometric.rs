@@ -32,7 +32,6 @@ use super::carried::{rounded, rounded_sum};
 use super::product::take;
 use crate::fixed::{Fixed, FixedTensor};
 use crate::gates::{Gates, LIMIT_BITS, Meta};
-use crate::material::Dealt;
 use crate::offline::{OffTensor, Offline, low_bits};
 use crate::online::{Online, Share};
 use crate::series::Series;
@@ -132,10 +131,10 @@ impl Layout {
         series: &Series,
         (d, bits): (&[u64], u32),
         share: Option<&Ring>,
-        dealt: &Dealt,
+        dealt: impl Fn(usize, &mut [u64]) + Sync,
         first: bool,
     ) -> Result<Ring> {
-        let mut out = series.accumulate(d, bits, self.coefficients, |first, out| dealt.read(first, out));
+        let mut out = series.accumulate(d, bits, self.coefficients, dealt);
         let lift = self.lift;
         let scale = self.coefficients + series.dealt_scale;
         let constant = (series.constant * 2f64.powi(scale as i32)).round() as i64 as u64;
@@ -229,7 +228,8 @@ pub(crate) fn online(p: &Online, x: &Share, all: &[Arc<Series>], form: Form) -> 
     let dealt = take(&mut material.dealt)?;
     let one = |series: &Arc<Series>| {
         let layout = Layout::new(meta, series, form)?;
-        let out = layout.share(meta, series, (&d, bits), share.as_ref(), &dealt, p.is_first())?;
+        let read = |first: usize, out: &mut [u64]| dealt.read(first, out);
+        let out = layout.share(meta, series, (&d, bits), share.as_ref(), read, p.is_first())?;
         let out = rounded(out, layout.rounded);
         Ok(p.tensor(layout.meta, Some(out)))
     };
@@ -241,7 +241,7 @@ pub(crate) fn fixed(f: &Fixed, x: &FixedTensor, all: &[Arc<Series>], form: Form)
     let (n, (bits, sent)) = (meta.len(), modulus(meta, series)?);
     let gate = f.gate();
     let t = if f.is_open(x) {
-        f.mask(x)
+        f.mask(x)?
             .map(|r| r.wrapping_mul(series.factor) & low_bits(bits))
             .into_vec()
     } else {
@@ -254,14 +254,15 @@ pub(crate) fn fixed(f: &Fixed, x: &FixedTensor, all: &[Arc<Series>], form: Form)
         .zip(f.ring(x).as_slice())
         .map(|(t, x)| t.wrapping_add(x.wrapping_mul(series.factor)) & low_bits(bits))
         .collect();
-    let dealt = Dealt::Words(series.deal(&t, bits));
     let one = |series: &Arc<Series>| {
         let layout = Layout::new(meta, series, form)?;
-        let share = |x: Option<&Ring>, dealt: &Dealt| layout.share(meta, series, (&d, bits), x, dealt, true);
-        let mut out = share(Some(f.ring(x)), &dealt)?;
+        let dealing = series.dealing(&t, bits);
+        let mut out = layout.share(meta, series, (&d, bits), Some(f.ring(x)), dealing, true)?;
         if layout.rounded > 0 {
-            let first = f.first_of_dealt((gate, 1), 2 * series.harmonics() * n, layout.dealt);
-            out = rounded_sum(&out, share(None, &Dealt::Words(first))?, layout.rounded)?;
+            let first = f.first_dealt((gate, 1), layout.dealt);
+            let read = |from: usize, out: &mut [u64]| first.read(from, out);
+            let first = layout.share(meta, series, (&d, bits), None, read, true)?;
+            out = rounded_sum(&out, first, layout.rounded)?;
         }
         Ok(f.tensor(layout.meta, out))
     };

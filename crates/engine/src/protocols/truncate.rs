@@ -240,7 +240,7 @@ pub(crate) fn fixed(f: &Fixed, xs: &[(&FixedTensor, u32)], mode: Mode) -> Result
             .filter(|(x, _)| secret(x))
             .map(|(x, _)| (*x, BOTH))
             .collect::<Vec<_>>(),
-    )?;
+    );
     xs.iter()
         .map(|&(x, bits)| {
             let meta = output(f.meta(x), bits)?;
@@ -248,7 +248,7 @@ pub(crate) fn fixed(f: &Fixed, xs: &[(&FixedTensor, u32)], mode: Mode) -> Result
             let mut carried = None;
             if secret(x) {
                 let gate = f.gate();
-                let mask = f.mask(x);
+                let mask = f.mask(x)?;
                 if mode != Mode::Faithful {
                     let low = low_bits(bits);
                     for ((v, x), r) in value
