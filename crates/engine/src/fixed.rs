@@ -5,9 +5,8 @@
 //! bounds that the protocols rest on are asserted: no product leaves the signed range, no truncated value reaches
 //! 2^62, no compared value exceeds its declared bits.
 
-use std::cell::{Cell, OnceCell, RefCell};
-use std::rc::Rc;
-use std::sync::Arc;
+use std::cell::{Cell, RefCell};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use veiltune_ring::prg::{Prg, Seed};
 use veiltune_ring::{Ring, codec};
@@ -37,22 +36,28 @@ pub struct Fixed {
     layer: RefCell<String>,
 }
 
-/// A fixed-point tensor in the clear.
+/// A fixed-point tensor in the clear. Several interpreters, each on a thread of its own, may use the same.
 #[derive(Clone)]
-pub struct FixedTensor(Rc<Inner>);
+pub struct FixedTensor(Arc<Inner>);
 
 struct Inner {
     meta: Meta,
     value: Ring,
-    opening: RefCell<Opening>,
+    opening: Mutex<Opening>,
     /// Its mask once something asked for it: most products need none here.
-    mask: OnceCell<Ring>,
+    mask: OnceLock<Ring>,
     /// Of what is opened as a view of another tensor: which, and what was done to it.
     view: Option<(FixedTensor, Local)>,
     /// Of a value that is known up to dealt values; see [`carried`].
-    carried: Option<Rc<Traced>>,
+    carried: Option<Arc<Traced>>,
     /// Of a truncated value that was not opened: what was dealt, and the rest of its mask.
     cut: Option<(Ring, Carry)>,
+}
+
+impl Inner {
+    fn opening(&self) -> MutexGuard<'_, Opening> {
+        self.opening.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Fixed {
@@ -89,7 +94,7 @@ impl Fixed {
 
     /// A new tensor that is known up to dealt values, if `carried`.
     pub(crate) fn carrying(&self, meta: Meta, value: Ring, carried: Option<Traced>) -> FixedTensor {
-        self.make(meta, value, carried.map(Rc::new), None, None)
+        self.make(meta, value, carried.map(Arc::new), None, None)
     }
 
     /// A new tensor that is public but for a carry and `dealt`; see [`truncate`](crate::protocols::truncate).
@@ -101,20 +106,20 @@ impl Fixed {
         &self,
         meta: Meta,
         value: Ring,
-        carried: Option<Rc<Traced>>,
+        carried: Option<Arc<Traced>>,
         cut: Option<(Ring, Carry)>,
         view: Option<(FixedTensor, Local)>,
     ) -> FixedTensor {
         debug_assert!(gates::are_multiples(&value, meta.zeros));
         let opening = match &view {
-            Some((of, _)) => of.0.opening.borrow().clone(),
+            Some((of, _)) => of.0.opening().clone(),
             None => Opening::new(meta.owner),
         };
-        FixedTensor(Rc::new(Inner {
+        FixedTensor(Arc::new(Inner {
             meta,
             value,
-            opening: RefCell::new(opening),
-            mask: OnceCell::new(),
+            opening: Mutex::new(opening),
+            mask: OnceLock::new(),
             view,
             carried,
             cut,
@@ -122,7 +127,7 @@ impl Fixed {
     }
 
     /// How `x` is known up to dealt values, if it was truncated to be.
-    pub(crate) fn carried(&self, x: &FixedTensor) -> Option<Rc<Traced>> {
+    pub(crate) fn carried(&self, x: &FixedTensor) -> Option<Arc<Traced>> {
         x.0.carried.clone()
     }
 
@@ -143,13 +148,13 @@ impl Fixed {
     }
 
     pub(crate) fn is_open(&self, x: &FixedTensor) -> bool {
-        x.0.opening.borrow().is_full()
+        x.0.opening().is_full()
     }
 
     /// The whole mask of an opened tensor.
     pub(crate) fn mask(&self, x: &FixedTensor) -> Result<Ring> {
         let (x, dims) = (&x.0, &x.0.meta.dims);
-        let Some(id) = x.opening.borrow().id else {
+        let Some(id) = x.opening().id else {
             return Ok(Ring::zeros(dims.clone()));
         };
         if let Some(mask) = x.mask.get() {
@@ -178,7 +183,7 @@ impl Fixed {
 
     pub(crate) fn open_for(&self, requests: &[(&FixedTensor, Learners)]) {
         for (x, learners) in requests {
-            x.0.opening.borrow_mut().request(*learners, || self.gate());
+            x.0.opening().request(*learners, || self.gate());
         }
     }
 
@@ -245,7 +250,7 @@ impl Gates for Fixed {
         let id = self.next_parameter.get();
         self.next_parameter.set(id + 1);
         if gates::opens_at_setup(owner, dims) {
-            x.0.opening.borrow_mut().request(BOTH, || id);
+            x.0.opening().request(BOTH, || id);
         }
         Ok(x)
     }
@@ -253,7 +258,7 @@ impl Gates for Fixed {
     fn local(&self, x: &FixedTensor, map: &Local) -> Result<FixedTensor> {
         // The same ring elements are known in the same way.
         let carried = x.0.carried.clone().filter(|_| matches!(map, Local::Relabel(_)));
-        let opened = x.0.opening.borrow().id.is_some();
+        let opened = x.0.opening().id.is_some();
         let cut = match &x.0.cut {
             Some((dealt, left)) if !opened => match left.after(map) {
                 Some(left) => Some((map.apply(dealt)?, left)),

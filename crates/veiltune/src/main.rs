@@ -38,7 +38,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// Milliseconds for which the allocator keeps freed memory, ten times as long for large blocks: a pass gives back and takes again
 /// the same buffers layer by layer, and the kernel clears fresh pages at the price of the pass's own arithmetic.
-const KEEP_FREED_MEMORY: (&str, &str) = ("MIMALLOC_PURGE_DELAY", "10000");
+const KEEP_FREED_MEMORY: (&str, &str) = ("MIMALLOC_PURGE_DELAY", "60000");
 
 /// Private classification: one side's images or texts, another side's adapter, and neither sees the other's.
 ///

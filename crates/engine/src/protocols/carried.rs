@@ -28,6 +28,7 @@
 //! nothing is to be argued: each party computes with shares and public values that it has.
 
 use std::rc::Rc;
+use std::sync::Arc;
 
 use veiltune_ring::Ring;
 
@@ -534,14 +535,14 @@ pub(crate) fn online_square_sum(p: &Online, x: &Share) -> Result<Share> {
 
 // ---- in the clear ----
 
-fn fixed_known(f: &Fixed, x: &FixedTensor) -> Result<Option<Rc<Traced>>> {
+fn fixed_known(f: &Fixed, x: &FixedTensor) -> Result<Option<Arc<Traced>>> {
     if let Some(carried) = f.carried(x) {
         return Ok(Some(carried));
     }
     if !f.is_open(x) || f.meta(x).owner == Owner::Public {
         return Ok(None);
     }
-    Ok(Some(Rc::new(Traced {
+    Ok(Some(Arc::new(Traced {
         carried: Carried {
             masked: f.ring(x).add(&f.mask(x)?)?,
             carries: Vec::new(),

@@ -12,6 +12,7 @@ use std::time::Instant;
 use clap::Args;
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
+use veiltune_engine::Plain;
 use veiltune_nn::language::{Attention, LanguageCheckpoint};
 use veiltune_tune::{Artefact, Example, Family, Mode, Prompt, Task};
 use veiltune_wire::Network;
@@ -375,6 +376,7 @@ fn plainly(
         margin: 1.5,
     };
     let ready = super::model::ready(checkpoint, Attention::Softmax, &how)?;
+    let model = super::evaluate::loaded::<Plain>(&ready)?;
     let examples: Vec<&Example> = test.iter().collect();
     let mut labels = Vec::new();
     for dir in prompts {
@@ -390,7 +392,7 @@ fn plainly(
         let logits = super::tune::logits(
             &ground,
             &ready,
-            &veiltune_engine::Plain::new(),
+            &model,
             &examples,
             std::slice::from_ref(&artefact.prompt),
         )?

@@ -1,33 +1,22 @@
 //! The forward pass as the optimiser sees it: in the clear, in floating point or in the protocols' fixed point, or on the servers.
 
-use std::sync::{Mutex, Once, PoisonError};
+use std::sync::{Arc, Mutex, Once, PoisonError};
 
+use veiltune_adapt::workers::Workers;
 use veiltune_engine::session::Program;
-use veiltune_engine::{Backend, Error as EngineError};
+use veiltune_engine::{Backend, Error as EngineError, Fixed, Plain};
+use veiltune_nn::language::LanguageModel;
 use veiltune_tune::{Cause, Evaluate, Prompt, Split};
 
+use super::model::Ready;
 use super::owner::Remote;
-use super::program::{Known, Loaded, Pass, Shape, Texts, Tuning};
+use super::program::{Known, Loaded, Pass, Shape, Texts, Tuning, load_model};
 use crate::{Error, Result};
 
 /// Texts, and the prompts whose turn it is.
-pub struct Holder {
+struct Holder {
     texts: Texts,
-    prompts: Mutex<Vec<f32>>,
-}
-
-impl Holder {
-    /// Without prompts yet.
-    pub fn new(texts: Texts) -> Holder {
-        Holder {
-            texts,
-            prompts: Mutex::default(),
-        }
-    }
-
-    fn set(&self, prompts: Vec<f32>) {
-        *self.prompts.lock().unwrap_or_else(PoisonError::into_inner) = prompts;
-    }
+    prompts: Vec<f32>,
 }
 
 impl Known for Holder {
@@ -36,36 +25,126 @@ impl Known for Holder {
     }
 
     fn prompts(&self) -> Vec<f32> {
-        self.prompts
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.prompts.clone()
     }
 }
 
-/// A clear interpreter's pass.
+/// An interpreter that runs in the clear.
+pub trait InTheClear: Backend<Tensor: Send + Sync, Weight: Send + Sync> + Sized + Send {
+    /// Texts of which it takes no more at a time, on a thread of its own; `None` if it splits its work itself.
+    const AT_ONCE: Option<usize>;
+
+    /// A new one.
+    fn start() -> Result<Self>;
+}
+
+impl InTheClear for Plain {
+    const AT_ONCE: Option<usize> = None;
+
+    fn start() -> Result<Self> {
+        Ok(Plain::new())
+    }
+}
+
+impl InTheClear for Fixed {
+    // Their values stay in the cache, and a product's weights are still read for some hundred rows.
+    const AT_ONCE: Option<usize> = Some(8);
+
+    fn start() -> Result<Self> {
+        Ok(Fixed::new()?)
+    }
+}
+
+/// A model for an interpreter, once for all that it is asked.
+pub fn loaded<B: InTheClear>(ready: &Ready) -> Result<Arc<LanguageModel<B>>> {
+    let model = load_model(&B::start()?, &ready.config, Some(&ready.weights))?;
+    Ok(Arc::new(model))
+}
+
+/// A clear interpreter's pass, each thread with some of the texts.
 pub struct Clear<'a, B: Backend> {
-    backend: &'a B,
     program: Tuning<'a>,
-    holder: &'a Holder,
+    workers: Option<Workers>,
+    parts: Vec<Mutex<Part<B>>>,
+}
+
+/// Some of the texts, and who runs their passes.
+struct Part<B: Backend> {
+    backend: B,
+    shape: Shape,
+    holder: Holder,
     loaded: Loaded<B>,
 }
 
-impl<'a, B: Backend> Clear<'a, B> {
-    /// `program` with its weights; `holder` has the texts.
-    pub fn new(backend: &'a B, program: Tuning<'a>, holder: &'a Holder) -> Result<Self> {
+impl<'a, B: InTheClear> Clear<'a, B> {
+    /// `program` on a model that was loaded for it.
+    pub fn new(program: Tuning<'a>, model: &Arc<LanguageModel<B>>, texts: &Texts) -> Result<Self> {
+        let shape = program.shape;
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        let count = match B::AT_ONCE {
+            Some(most) => shape.texts.div_ceil(most).max(threads.min(shape.texts)).max(1),
+            None => 1,
+        };
+        let cut = |texts: usize, i: usize| texts * i / count..texts * (i + 1) / count;
+        let mut parts = Vec::new();
+        for i in 0..count {
+            let (train, validation) = (cut(shape.texts, i), cut(shape.validation, i));
+            let holder = Holder {
+                texts: texts.some(shape, &train, &validation),
+                prompts: Vec::new(),
+            };
+            parts.push(Mutex::new(Part {
+                backend: B::start()?,
+                shape: Shape {
+                    texts: train.len(),
+                    validation: validation.len(),
+                    ..shape.clone()
+                },
+                holder,
+                loaded: Loaded::of(model.clone()),
+            }));
+        }
+        let workers = match count {
+            1 => None,
+            _ => Some(Workers::new(threads.min(count))?),
+        };
+        let mut clear = Clear {
+            program,
+            workers,
+            parts,
+        };
+        clear.each(Pass::Texts, &[])?;
+        Ok(clear)
+    }
+
+    /// What comes out of each part.
+    fn each(&mut self, pass: Pass, prompts: &[f32]) -> Result<Vec<Vec<f32>>> {
+        let program = self.program;
+        let run = |part: &Mutex<Part<B>>| {
+            let mut part = part.lock().unwrap_or_else(PoisonError::into_inner);
+            part.holder.prompts = prompts.to_vec();
+            part.run(program, pass)
+        };
+        match &self.workers {
+            Some(workers) => workers.map(&self.parts, run).into_iter().collect(),
+            None => self.parts.iter().map(run).collect(),
+        }
+    }
+}
+
+impl<B: Backend> Part<B> {
+    fn run(&self, program: Tuning, pass: Pass) -> Result<Vec<f32>> {
+        if pass == Pass::Validation && self.shape.validation == 0 {
+            return Ok(Vec::new());
+        }
         let program = Tuning {
-            known: Some(holder),
+            shape: &self.shape,
+            known: Some(&self.holder),
             ..program
         };
-        let loaded = program.load(backend)?;
-        program.forward(backend, &loaded, Pass::Texts.number().into())?;
-        Ok(Clear {
-            backend,
-            program,
-            holder,
-            loaded,
-        })
+        let revealed = program.forward(&self.backend, &self.loaded, pass.number().into())?;
+        let values = revealed.map_or_else(Vec::new, |r| r.values);
+        Ok(values.into_iter().map(|v| v as f32).collect())
     }
 }
 
@@ -75,18 +154,25 @@ trait Passes {
     fn pass(&mut self, pass: Pass, prompts: Vec<f32>) -> Result<Vec<f32>>;
 }
 
-impl<B: Backend> Passes for Clear<'_, B> {
+impl<B: InTheClear> Passes for Clear<'_, B> {
     fn shape(&self) -> &Shape {
         self.program.shape
     }
 
     fn pass(&mut self, pass: Pass, prompts: Vec<f32>) -> Result<Vec<f32>> {
-        self.holder.set(prompts);
-        let revealed = self
-            .program
-            .forward(self.backend, &self.loaded, pass.number().into())?
-            .ok_or_else(|| EngineError::program("tuning", "no logits came out"))?;
-        Ok(revealed.values.into_iter().map(|v| v as f32).collect())
+        let parts = self.each(pass, &prompts)?;
+        let count = match pass {
+            Pass::Validation => 1,
+            _ => self.program.shape.candidates,
+        };
+        // A prompt's logits are those of its texts in each part, one part after the other.
+        let logits = (0..count).flat_map(|i| {
+            parts.iter().flat_map(move |part| {
+                let each = part.len() / count;
+                part[i * each..][..each].iter().copied()
+            })
+        });
+        Ok(logits.collect())
     }
 }
 
@@ -148,7 +234,7 @@ fn boxed(e: Error) -> Cause {
     Box::new(e)
 }
 
-impl<B: Backend> Evaluate for Clear<'_, B> {
+impl<B: InTheClear> Evaluate for Clear<'_, B> {
     fn logits(&mut self, split: Split, prompts: &[Prompt]) -> std::result::Result<Vec<f32>, Cause> {
         logits(self, split, prompts).map_err(boxed)
     }

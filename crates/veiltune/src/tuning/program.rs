@@ -6,6 +6,8 @@
 //! validation's pass one prompt; both deliver the label words' logits at the answer's position to the data owner.
 
 use std::cell::RefCell;
+use std::ops::Range;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use veiltune_engine::session::{Plan, Program, plan};
@@ -151,11 +153,32 @@ pub struct Texts {
     pub keep: Vec<f32>,
 }
 
+impl Texts {
+    /// Those of a range of the training texts and of one of the validation texts.
+    pub fn some(&self, shape: &Shape, train: &Range<usize>, validation: &Range<usize>) -> Texts {
+        let width = self.words.len() / shape.rows();
+        let texts = [
+            train.clone(),
+            shape.texts + validation.start..shape.texts + validation.end,
+        ];
+        let rows = |of: &[f32], width: usize| {
+            let rows = texts.iter().flat_map(|t| &of[t.start * width..t.end * width]);
+            rows.copied().collect::<Vec<f32>>()
+        };
+        let mut words = rows(&self.words, shape.tokens * width);
+        words.extend_from_slice(&self.words[self.words.len() - shape.labels * width..]);
+        Texts {
+            words,
+            keep: rows(&self.keep, shape.tokens),
+        }
+    }
+}
+
 /// What clear interpreters are given of the data owner's part.
 pub trait Known: Sync {
     /// The texts.
     fn texts(&self) -> &Texts;
-    /// The prompts of the next pass, `[candidates, prompt, hidden]`.
+    /// The prompts of the pass that runs, `[candidates, prompt, hidden]`.
     fn prompts(&self) -> Vec<f32>;
 }
 
@@ -176,8 +199,18 @@ pub struct Tuning<'a> {
 
 /// The model on a backend, and the texts once they are in.
 pub struct Loaded<B: Backend> {
-    model: LanguageModel<B>,
+    model: Arc<LanguageModel<B>>,
     texts: RefCell<Option<Taken<B>>>,
+}
+
+impl<B: Backend> Loaded<B> {
+    /// A model that is there, and no texts yet.
+    pub fn of(model: Arc<LanguageModel<B>>) -> Self {
+        Loaded {
+            model,
+            texts: RefCell::new(None),
+        }
+    }
 }
 
 /// What the first pass leaves for the later ones.
@@ -337,22 +370,7 @@ impl Program for Tuning<'_> {
     }
 
     fn load<B: Backend>(&self, b: &B) -> EngineResult<Loaded<B>> {
-        let load = |name: &str, dims: &[usize]| {
-            let values = match self.weights {
-                None => None,
-                Some(weights) => {
-                    let array = weights
-                        .get(name)
-                        .ok_or_else(|| EngineError::program("parameter", format!("no tensor {name}")))?;
-                    Some(array.values.as_slice())
-                }
-            };
-            b.weight(Owner::Shared, dims, values)
-        };
-        Ok(Loaded {
-            model: LanguageModel::load(&Params::new(load), self.model).map_err(of_model)?,
-            texts: RefCell::new(None),
-        })
+        Ok(Loaded::of(Arc::new(load_model(b, self.model, self.weights)?)))
     }
 
     fn forward<B: Backend>(&self, b: &B, loaded: &Loaded<B>, index: usize) -> EngineResult<Option<Revealed>> {
@@ -382,6 +400,27 @@ impl Program for Tuning<'_> {
         }
         b.deliver(&b.cat(&logits.iter().collect::<Vec<_>>(), 0)?)
     }
+}
+
+/// The model, with its parameters where they are known.
+pub fn load_model<B: Backend>(
+    b: &B,
+    model: &LanguageConfig,
+    weights: Option<&Tensors>,
+) -> EngineResult<LanguageModel<B>> {
+    let load = |name: &str, dims: &[usize]| {
+        let values = match weights {
+            None => None,
+            Some(weights) => {
+                let array = weights
+                    .get(name)
+                    .ok_or_else(|| EngineError::program("parameter", format!("no tensor {name}")))?;
+                Some(array.values.as_slice())
+            }
+        };
+        b.weight(Owner::Shared, dims, values)
+    };
+    LanguageModel::load(&Params::new(load), model).map_err(of_model)
 }
 
 pub(crate) fn of_model(e: veiltune_nn::Error) -> EngineError {

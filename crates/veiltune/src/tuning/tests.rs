@@ -13,10 +13,10 @@ use veiltune_wire::Network;
 use veiltune_wire::pki::Authority;
 
 use super::commands::public;
-use super::evaluate::{Clear, Holder};
+use super::evaluate::{Clear, InTheClear, loaded};
 use super::model::{self, Calibration, Ready};
 use super::owner::{self, Addresses, Encoded, Remote};
-use super::program::{Tuning, table_rows};
+use super::program::{Texts, Tuning, table_rows};
 use super::servers::{Role, Service, Station, serve, share};
 use super::tune::{Ground, initial, new_run, texts};
 
@@ -187,7 +187,7 @@ fn run(checkpoint: &LanguageCheckpoint, attention: Attention) {
         })
         .collect();
 
-    let holder = Holder::new(texts(&ready, &rows, &labels).unwrap());
+    let texts = texts(&ready, &rows, &labels).unwrap();
     let program = Tuning {
         model: &ready.config,
         shape: &shape,
@@ -195,9 +195,16 @@ fn run(checkpoint: &LanguageCheckpoint, attention: Attention) {
         weights: Some(&ready.weights),
         known: None,
     };
-    let plain = Plain::new();
-    let mut clear = Clear::new(&plain, program, &holder).unwrap();
-    let expected = [Split::Train, Split::Validation].map(|split| clear.logits(split, &prompts).unwrap());
+    let expected = in_the_clear::<Plain>(program, &ready, &texts, &prompts);
+    let close = |got: &[Vec<f32>; 2]| {
+        for (got, expected) in got.iter().zip(&expected) {
+            assert_eq!(got.len(), expected.len());
+            for (a, b) in got.iter().zip(expected) {
+                assert!((a - b).abs() < 0.02, "{a} for {b} of {expected:?}");
+            }
+        }
+    };
+    close(&in_the_clear::<Fixed>(program, &ready, &texts, &prompts));
 
     let place = Place::new();
     let public = public("tiny".into(), &ready, &checkpoint.tokenizer).unwrap();
@@ -225,15 +232,19 @@ fn run(checkpoint: &LanguageCheckpoint, attention: Attention) {
             &station, addresses, &public, &shape, &rows.keep, &rows.ids, &labels, &prompts,
         )
     });
-    for got in [got, again] {
-        for (got, expected) in got.iter().zip(&expected) {
-            assert_eq!(got.len(), expected.len());
-            for (a, b) in got.iter().zip(expected) {
-                assert!((a - b).abs() < 0.02, "{a} for {b} of {expected:?}");
-            }
-        }
-    }
+    close(&got);
+    close(&again);
     assert!(!leaks(place.dir.path(), &ready));
+}
+
+fn in_the_clear<B: InTheClear>(
+    program: Tuning,
+    ready: &Ready,
+    texts: &Texts,
+    prompts: &[Prompt],
+) -> [Vec<f32>; 2] {
+    let mut clear = Clear::new(program, &loaded::<B>(ready).unwrap(), texts).unwrap();
+    [Split::Train, Split::Validation].map(|split| clear.logits(split, prompts).unwrap())
 }
 
 /// What fixed point has no room for is the worst prompt, and the one beside it is what it would be alone.
@@ -263,7 +274,7 @@ fn a_prompt_out_of_range_counts_as_the_worst() {
     };
     let rows = ground.rows(&[&example]).unwrap();
     let shape = ground.shape(&rows, 1, 2, 2);
-    let holder = Holder::new(texts(&ready, &rows, &ground.labels().unwrap()).unwrap());
+    let texts = texts(&ready, &rows, &ground.labels().unwrap()).unwrap();
     let program = Tuning {
         model: &ready.config,
         shape: &shape,
@@ -271,8 +282,7 @@ fn a_prompt_out_of_range_counts_as_the_worst() {
         weights: Some(&ready.weights),
         known: None,
     };
-    let fixed = Fixed::new().unwrap();
-    let mut clear = Clear::new(&fixed, program, &holder).unwrap();
+    let mut clear = Clear::new(program, &loaded::<Fixed>(&ready).unwrap(), &texts).unwrap();
     let prompt = |value: f32| Prompt(vec![value; ready.config.hidden_size]);
     let mut logits = |prompts: &[Prompt]| clear.logits(Split::Train, prompts).unwrap();
     let alone = logits(&[prompt(0.25)]);

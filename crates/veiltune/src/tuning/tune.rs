@@ -10,16 +10,16 @@ use clap::{Args, ValueEnum};
 use serde::Serialize;
 use serde_json::json;
 use veiltune_engine::session::{Program, cheapest_comparison};
-use veiltune_engine::{Backend, Comparison, Fixed, Plain};
+use veiltune_engine::{Comparison, Fixed, Plain};
 use veiltune_hub::{Tokenizer, files};
-use veiltune_nn::language::{Attention, LanguageCheckpoint, LanguageConfig};
+use veiltune_nn::language::{Attention, LanguageCheckpoint, LanguageConfig, LanguageModel};
 use veiltune_tune::{
     Artefact, Encoder, Ended, Evaluate, Example, Labelled, Linear, Loss, Outcome, Projection, Prompt, Score,
     Settings, Shots, Slot, Split, Task, Tokenize, Tuner, subset,
 };
 use veiltune_wire::Network;
 
-use super::evaluate::{Clear, Holder};
+use super::evaluate::{Clear, InTheClear, loaded};
 use super::layout::{Rows, tune};
 use super::model::{self, Calibration, Ready, Words};
 use super::owner::{self, Addresses, Encoded, Remote};
@@ -159,6 +159,15 @@ pub enum Interpreter {
     Float,
     /// The protocols' fixed point, bit by bit as on the servers but for the masks that are drawn.
     Fixed,
+}
+
+impl Interpreter {
+    fn name(self) -> &'static str {
+        match self {
+            Interpreter::Float => "float",
+            Interpreter::Fixed => "fixed",
+        }
+    }
 }
 
 /// What decides the cost of a run.
@@ -454,7 +463,10 @@ pub fn run(args: &TuneArgs) -> Result<()> {
     let drawn = Chosen::draw(&args.run)?;
     match args.run.servers.servers.is_empty() {
         false => remote(args, &drawn),
-        true => local(args, &drawn),
+        true => match args.interpreter {
+            Interpreter::Float => local::<Plain>(args, &drawn),
+            Interpreter::Fixed => local::<Fixed>(args, &drawn),
+        },
     }
 }
 
@@ -584,7 +596,7 @@ pub fn new_run(public: &PublicModel, shape: Shape, comparison: Comparison) -> Re
     })
 }
 
-fn local(args: &TuneArgs, chosen: &Chosen) -> Result<()> {
+fn local<B: InTheClear>(args: &TuneArgs, chosen: &Chosen) -> Result<()> {
     let checkpoint = args.run.open()?;
     let attention = args.run.attention.attention();
     let ready = args
@@ -597,7 +609,7 @@ fn local(args: &TuneArgs, chosen: &Chosen) -> Result<()> {
         .map(|b| format!("{b:02x}"))
         .collect();
     let (ground, rows, shape) = args.run.lay_out(&ready.config, &checkpoint.tokenizer, chosen)?;
-    let holder = Holder::new(texts(&ready, &rows, &ground.labels()?)?);
+    let model = loaded::<B>(&ready)?;
     let program = Tuning {
         model: &ready.config,
         shape: &shape,
@@ -605,15 +617,7 @@ fn local(args: &TuneArgs, chosen: &Chosen) -> Result<()> {
         weights: Some(&ready.weights),
         known: None,
     };
-    let (plain, fixed) = (Plain::new(), Fixed::new()?);
-    let mut evaluate: Box<dyn Evaluate + '_> = match args.interpreter {
-        Interpreter::Float => Box::new(Clear::new(&plain, program, &holder)?),
-        Interpreter::Fixed => Box::new(Clear::new(&fixed, program, &holder)?),
-    };
-    let interpreter = match args.interpreter {
-        Interpreter::Float => "float",
-        Interpreter::Fixed => "fixed",
-    };
+    let mut evaluate = Clear::new(program, &model, &texts(&ready, &rows, &ground.labels()?)?)?;
     let name = args.run.model.as_deref().unwrap_or_default();
     let identity = (name, fingerprint.as_str(), ready.deviation);
     let (mut answer, outcome) = optimise(
@@ -622,8 +626,8 @@ fn local(args: &TuneArgs, chosen: &Chosen) -> Result<()> {
         &rows,
         chosen.train,
         identity,
-        interpreter,
-        evaluate.as_mut(),
+        args.interpreter.name(),
+        &mut evaluate,
     )?;
     drop(evaluate);
     if let Some(path) = &args.test {
@@ -634,10 +638,7 @@ fn local(args: &TuneArgs, chosen: &Chosen) -> Result<()> {
             .collect();
         let start = args.run.start(ready.config.hidden_size, ready.deviation);
         let prompts = [start, outcome.prompt.clone()];
-        let scores = match args.interpreter {
-            Interpreter::Float => measure(&ground, &ready, &Plain::new(), &some, &prompts)?,
-            Interpreter::Fixed => measure(&ground, &ready, &Fixed::new()?, &some, &prompts)?,
-        };
+        let scores = measure(&ground, &ready, &model, &some, &prompts)?;
         (answer.initial_test, answer.tuned_test) = (Some(scores[0]), Some(scores[1]));
         answer.linear_test = Some(linear(&ground, &ready, &shape, chosen, &some)?);
         answer.test_texts = some.len();
@@ -659,16 +660,16 @@ pub fn texts(ready: &Ready, rows: &Rows, labels: &[u32]) -> Result<Texts> {
 const AT_ONCE: usize = 32;
 
 /// The task's metric of each prompt on these texts, of which those count as wrong that leave the ranges of fixed point.
-fn measure<B: Backend>(
+fn measure<B: InTheClear>(
     ground: &Ground,
     ready: &Ready,
-    backend: &B,
+    model: &Arc<LanguageModel<B>>,
     examples: &[&Example],
     prompts: &[Prompt],
 ) -> Result<Vec<f64>> {
     let answers: Vec<usize> = examples.iter().map(|e| e.label).collect();
     let (classes, metric) = (ground.task.labels.len(), ground.task.metric);
-    let mut logits = logits(ground, ready, backend, examples, prompts)?;
+    let mut logits = logits(ground, ready, model, examples, prompts)?;
     for logits in &mut logits {
         let mut left = 0;
         for (logits, answer) in logits.chunks_mut(classes).zip(&answers) {
@@ -745,16 +746,16 @@ fn pooled(ground: &Ground, ready: &Ready, shape: &Shape, examples: &[&Example]) 
 }
 
 /// Each prompt's logits `[texts, labels]`, in the clear; NaN of a text that takes a prompt out of the ranges of fixed point.
-pub fn logits<B: Backend>(
+pub fn logits<B: InTheClear>(
     ground: &Ground,
     ready: &Ready,
-    backend: &B,
+    model: &Arc<LanguageModel<B>>,
     examples: &[&Example],
     prompts: &[Prompt],
 ) -> Result<Vec<Vec<f32>>> {
     let mut logits = vec![Vec::new(); prompts.len()];
     for some in examples.chunks(AT_ONCE) {
-        let all = logits_at_once(ground, ready, backend, some, prompts)?;
+        let all = logits_at_once(ground, ready, model, some, prompts)?;
         for (list, mut logits) in logits.iter_mut().zip(all) {
             list.append(&mut logits);
         }
@@ -762,16 +763,15 @@ pub fn logits<B: Backend>(
     Ok(logits)
 }
 
-fn logits_at_once<B: Backend>(
+fn logits_at_once<B: InTheClear>(
     ground: &Ground,
     ready: &Ready,
-    backend: &B,
+    model: &Arc<LanguageModel<B>>,
     examples: &[&Example],
     prompts: &[Prompt],
 ) -> Result<Vec<Vec<f32>>> {
     let rows = ground.rows(examples)?;
     let shape = ground.shape(&rows, examples.len(), prompts.len(), 1);
-    let holder = Holder::new(texts(ready, &rows, &ground.labels()?)?);
     let program = Tuning {
         model: &ready.config,
         shape: &shape,
@@ -779,7 +779,7 @@ fn logits_at_once<B: Backend>(
         weights: Some(&ready.weights),
         known: None,
     };
-    let mut clear = Clear::new(backend, program, &holder)?;
+    let mut clear = Clear::new(program, model, &texts(ready, &rows, &ground.labels()?)?)?;
     let all = clear
         .logits(Split::Train, prompts)
         .map_err(|e| Error::Input(e.to_string()))?;
@@ -792,7 +792,7 @@ fn logits_at_once<B: Backend>(
             logits.clear();
             for half in [first, second] {
                 let one = std::slice::from_ref(prompt);
-                logits.extend(logits_at_once(ground, ready, backend, half, one)?.concat());
+                logits.extend(logits_at_once(ground, ready, model, half, one)?.concat());
             }
         }
     }
