@@ -14,8 +14,9 @@
 //! `masked` is the template for models with a masked-language-model head, `causal` for those that predict the next word;
 //! one of them is enough. `{prompt}` is where the tuned prompt stands, `{mask}` where the answer is read, which must be the
 //! end of a causal template. A task on pairs has `{text_a}` and `{text_b}` for `{text}`. Labels are numbered in the order
-//! of their names. Two entries may follow: `"columns": { "text": "sentence", "label": "gold" }` names columns of a file
-//! with a header, and `"metric": { "f1": "positive" }` has F1 for accuracy.
+//! of their names. Three entries may follow: `"columns": { "text": "sentence", "label": "gold" }` names columns of a file
+//! with a header, `"metric": { "f1": "positive" }` has F1 for accuracy, and `"initial": "..."` is the text at the prompt's
+//! place before tuning, in the model's language.
 
 mod data;
 mod template;
@@ -60,6 +61,8 @@ pub struct Task {
     pub metric: Metric,
     /// Whether examples are pairs of texts.
     pub pairs: bool,
+    /// What stands at the prompt's place before tuning, if the task says.
+    pub initial: Option<String>,
     masked: Option<Template>,
     causal: Option<Template>,
     columns: Option<Columns>,
@@ -75,6 +78,8 @@ struct Description {
     #[serde(skip_serializing_if = "Option::is_none")]
     causal: Option<String>,
     verbalizer: BTreeMap<String, String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    initial: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     columns: Option<Columns>,
     #[serde(default)]
@@ -145,6 +150,7 @@ impl Task {
             labels,
             metric: Metric::Accuracy,
             pairs,
+            initial: None,
             masked: None,
             causal: None,
             columns: None,
@@ -257,6 +263,7 @@ impl TryFrom<Description> for Task {
             words,
             metric,
             pairs: first,
+            initial: d.initial,
             masked,
             causal,
             columns: d.columns,
@@ -275,6 +282,7 @@ impl From<Task> for Description {
             masked: task.masked.map(|t| t.to_string()),
             causal: task.causal.map(|t| t.to_string()),
             verbalizer: task.labels.into_iter().zip(task.words).collect(),
+            initial: task.initial,
             columns: task.columns,
             metric,
         }

@@ -247,6 +247,25 @@ fn in_the_clear<B: InTheClear>(
     [Split::Train, Split::Validation].map(|split| clear.logits(split, prompts).unwrap())
 }
 
+#[test]
+fn the_initial_text_is_the_users_or_the_tasks_or_names_the_words() {
+    let checkpoint = checkpoint!("bert");
+    let (words, known) = (&checkpoint.tokenizer, words(&checkpoint, 3));
+    let task = |more: &str| {
+        let file = format!(
+            r#"{{"name": "t", "masked": "{{prompt}} {{text}} {{mask}}", "verbalizer": {{"0": "{}", "1": "{}"}}{more}}}"#,
+            known[0], known[1]
+        );
+        Task::parse("t", file.as_bytes()).unwrap()
+    };
+    let (usual, own) = (task(""), task(&format!(r#", "initial": "{}""#, known[2])));
+    let first = |task: &Task, text: Option<&str>| initial(words, task, text, 3).unwrap();
+    let of = |word: &str| vec![words.encode(word).unwrap()[0]; 3];
+    assert_eq!(first(&own, None), of(&known[2]));
+    assert_eq!(first(&own, Some(&known[1])), of(&known[1]));
+    assert_ne!(first(&usual, None), of(&known[2]));
+}
+
 /// What fixed point has no room for is the worst prompt, and the one beside it is what it would be alone.
 #[test]
 fn a_prompt_out_of_range_counts_as_the_worst() {

@@ -204,7 +204,7 @@ pub struct RunArgs {
     /// How the prompt meets a text
     #[arg(long, value_enum, default_value = "add")]
     mode: Mode,
-    /// Text whose tokens stand where the prompt is added [default: one that names the task's words]
+    /// Text whose tokens stand where the prompt is added [default: the task's, or one that names its words]
     #[arg(long, value_name = "TEXT")]
     initial_text: Option<String>,
     /// Most tokens of a row, prompt and template included; longer texts are cut
@@ -420,6 +420,7 @@ pub fn initial(words: &Tokenizer, task: &Task, text: Option<&str>, count: usize)
         "Which of these words fits the text best: {}?",
         task.words.join(", ")
     );
+    let text = text.or(task.initial.as_deref());
     let tokens = words.encode(text.unwrap_or(&usual))?;
     match tokens.is_empty() {
         true => Err(Error::Input(
