@@ -47,7 +47,7 @@ impl InTheClear for Plain {
 }
 
 impl InTheClear for Fixed {
-    // Their values stay in the cache, and a product's weights are still read for some hundred rows.
+    // From 2 to 16 take the same time on two cores; all share a product's weights, which are read for some hundred rows here.
     const AT_ONCE: Option<usize> = Some(8);
 
     fn start() -> Result<Self> {
@@ -81,8 +81,13 @@ impl<'a, B: InTheClear> Clear<'a, B> {
     pub fn new(program: Tuning<'a>, model: &Arc<LanguageModel<B>>, texts: &Texts) -> Result<Self> {
         let shape = program.shape;
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        // As many for each thread.
         let count = match B::AT_ONCE {
-            Some(most) => shape.texts.div_ceil(most).max(threads.min(shape.texts)).max(1),
+            Some(most) => shape
+                .texts
+                .div_ceil(most)
+                .next_multiple_of(threads)
+                .min(shape.texts),
             None => 1,
         };
         let cut = |texts: usize, i: usize| texts * i / count..texts * (i + 1) / count;
