@@ -27,6 +27,8 @@ const TEMPERATURES: [f64; 8] = [1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 11.0];
 const DROPOUTS: [f64; 3] = [0.0, 0.25, 0.5];
 /// One example of each class in so many is held out for the choice.
 const FOLDS: usize = 5;
+/// Penalty of an imitation's weights, as a share of a standardised feature's variance.
+const RIDGE: f64 = 1e-4;
 /// Columns of one product.
 const COLUMNS: usize = 256;
 /// Epochs of descent.
@@ -37,7 +39,7 @@ const BATCH: usize = 256;
 /// analysis shrink much, its weights are small, and so are the steps.
 const RATE: f64 = 0.01;
 
-/// Features `[examples, width]`, row after row, and their labels.
+/// Features `[views * examples, width]`, row after row, all examples in one view after the other, and the examples' labels.
 #[derive(Clone, Copy)]
 pub struct Examples<'a> {
     pub features: &'a [f32],
@@ -59,7 +61,7 @@ pub struct Means<'a> {
 
 /// What is chosen.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Choice {
+struct Choice {
     shrinkage: f64,
     temperature: f64,
     /// None: no descent.
@@ -76,19 +78,25 @@ pub struct Discriminant {
 }
 
 impl Discriminant {
-    /// Fits to `examples`, with a choice if there is one already.
+    /// Fits to `examples`.
     ///
     /// # Errors
     /// If there is no example, or a feature is not finite.
-    pub fn fit(examples: &Examples, choice: Option<Choice>, means: Means) -> Result<(Discriminant, Choice)> {
+    pub fn fit(examples: &Examples, means: Means) -> Result<Discriminant> {
+        Ok(Self::fit_as(examples, None, means)?.0)
+    }
+
+    /// With a choice if there is one already.
+    fn fit_as(examples: &Examples, choice: Option<Choice>, means: Means) -> Result<(Discriminant, Choice)> {
         let (n, width) = (examples.labels.len(), examples.width);
+        let views = examples.features.len() / (n * width).max(1);
         if n == 0 || width == 0 || examples.features.iter().any(|x| !x.is_finite()) {
             return Err(Error::Settings(
                 "a linear classifier needs examples with finite features; a state of the backbone has others"
                     .into(),
             ));
         }
-        let scale = Scale::of(examples);
+        let scale = Scale::of(examples.features, width);
         // Of each class, the last of every FOLDS examples is held out; those come last here.
         let mut seen = vec![0_usize; examples.classes];
         let (held, mut order): (Vec<usize>, Vec<usize>) = (0..n).partition(|&i| {
@@ -96,13 +104,18 @@ impl Discriminant {
             *count += 1;
             count.is_multiple_of(FOLDS)
         });
-        let fitted = order.len();
-        order.extend(held);
+        // In all views, those that are held out in the first one first: it is as in testing.
+        let all_views = |which: &[usize]| {
+            let rows = (0..views).flat_map(|view| which.iter().map(move |i| view * n + i));
+            rows.collect::<Vec<_>>()
+        };
+        let (fitted, judged) = (views * order.len(), held.len());
+        order = [all_views(&order), all_views(&held)].concat();
         let rows = order
             .iter()
-            .flat_map(|i| scale.apply(&examples.features[i * width..][..width]));
+            .flat_map(|row| scale.apply(&examples.features[row * width..][..width]));
         let standard: Vec<f32> = rows.collect();
-        let labels: Vec<u32> = order.iter().map(|&i| examples.labels[i]).collect();
+        let labels: Vec<u32> = order.iter().map(|row| examples.labels[row % n]).collect();
         let all = Standardised {
             features: &standard,
             labels: &labels,
@@ -113,7 +126,7 @@ impl Discriminant {
         let mut moments = fitted.moments(means.workers);
         let choice = match choice {
             Some(choice) => choice,
-            None => choose(&fitted, &held, &moments, means)?,
+            None => choose(&fitted, &held.split(judged).0, &moments, means)?,
         };
         moments.add(&held.moments(means.workers));
         let found = moments.solve(choice.shrinkage)?.cooled(choice.temperature);
@@ -128,14 +141,38 @@ impl Discriminant {
             }
             None => found,
         };
-        // From standardised features, whose mean is zero, to those that are given.
-        let weight = Mat::from_fn(examples.classes, width, |c, j| {
-            found.weight[(c, j)] / scale.deviation[j]
-        });
-        let shift = |c: usize| (0..width).map(|j| weight[(c, j)] * scale.mean[j]).sum::<f64>();
-        let bias = found.bias.iter().enumerate().map(|(c, b)| b - shift(c)).collect();
-        let mean = found.bias;
-        Ok((Discriminant { weight, bias, mean }, choice))
+        Ok((scale.undone(found), choice))
+    }
+
+    /// Of other features `[examples, width]`, what comes closest to `logits [classes, examples]`, by least squares.
+    ///
+    /// # Errors
+    /// If a feature is not finite.
+    pub fn imitating(
+        logits: &Mat<f32>,
+        features: &[f32],
+        width: usize,
+        workers: &Workers,
+    ) -> Result<Discriminant> {
+        let scale = Scale::of(features, width);
+        let standard: Vec<f32> = features
+            .chunks_exact(width)
+            .flat_map(|row| scale.apply(row))
+            .collect();
+        let (classes, n) = logits.shape();
+        let rows = MatRef::from_row_major_slice(&standard, n, width);
+        let mean = |c: usize| logits.row(c).iter().map(|v| f64::from(*v)).sum::<f64>() / n as f64;
+        let bias: Vec<f64> = (0..classes).map(mean).collect();
+        let wanted = Mat::from_fn(classes, n, |c, i| logits[(c, i)] - bias[c] as f32);
+        let wanted = wanted * rows;
+        let wanted = Mat::from_fn(classes, width, |c, j| f64::from(wanted[(c, j)]));
+        let mut products = products(rows, workers);
+        for j in 0..width {
+            products[(j, j)] += RIDGE * n as f64;
+        }
+        let factor = products.llt(Side::Lower).map_err(|_| not_inverted())?;
+        let weight = factor.solve(wanted.transpose()).transpose().to_owned();
+        Ok(scale.undone(Classifier { weight, bias }))
     }
 
     /// Of `features [examples, width]`: `[classes, examples]`.
@@ -153,15 +190,15 @@ struct Scale {
 }
 
 impl Scale {
-    fn of(examples: &Examples) -> Scale {
-        let n = examples.labels.len() as f64;
-        let (mut mean, mut deviation) = (vec![0.0; examples.width], vec![0.0; examples.width]);
-        for row in examples.features.chunks_exact(examples.width) {
+    fn of(features: &[f32], width: usize) -> Scale {
+        let n = (features.len() / width) as f64;
+        let (mut mean, mut deviation) = (vec![0.0; width], vec![0.0; width]);
+        for row in features.chunks_exact(width) {
             mean.iter_mut()
                 .zip(row)
                 .for_each(|(m, x)| *m += f64::from(*x) / n);
         }
-        for row in examples.features.chunks_exact(examples.width) {
+        for row in features.chunks_exact(width) {
             let squares = row
                 .iter()
                 .zip(&mean)
@@ -179,6 +216,19 @@ impl Scale {
     fn apply(&self, row: &[f32]) -> impl Iterator<Item = f32> {
         let scaled = row.iter().zip(&self.mean).zip(&self.deviation);
         scaled.map(|((x, m), d)| ((f64::from(*x) - m) / d) as f32)
+    }
+
+    /// From standardised features, whose mean is zero, to those that are given.
+    fn undone(&self, found: Classifier) -> Discriminant {
+        let (classes, width) = found.weight.shape();
+        let weight = Mat::from_fn(classes, width, |c, j| found.weight[(c, j)] / self.deviation[j]);
+        let shift = |c: usize| (0..width).map(|j| weight[(c, j)] * self.mean[j]).sum::<f64>();
+        let bias = found.bias.iter().enumerate().map(|(c, b)| b - shift(c)).collect();
+        Discriminant {
+            weight,
+            bias,
+            mean: found.bias,
+        }
     }
 }
 
@@ -215,7 +265,7 @@ impl Standardised<'_> {
     }
 
     fn moments(&self, workers: &Workers) -> Moments {
-        let (x, width) = (self.rows(), self.width);
+        let width = self.width;
         let mut sums = Mat::zeros(self.classes, width);
         let mut counts = vec![0.0; self.classes];
         for (row, &label) in self.features.chunks_exact(width).zip(self.labels) {
@@ -224,26 +274,32 @@ impl Standardised<'_> {
                 sums[(label as usize, j)] += f64::from(*value);
             }
         }
-        // The lower half, a block of columns after the other.
-        let blocks: Vec<usize> = (0..width).step_by(COLUMNS).collect();
-        let product = |&from: &usize| {
-            let columns = x.subcols(from, COLUMNS.min(width - from));
-            x.subcols(from, width - from).transpose() * columns
-        };
-        let mut products = Mat::zeros(width, width);
-        for (from, block) in blocks.iter().zip(workers.map(&blocks, product)) {
-            for j in 0..block.ncols() {
-                for i in j..block.nrows() {
-                    products[(from + i, from + j)] = f64::from(block[(i, j)]);
-                }
-            }
-        }
         Moments {
-            products,
+            products: products(self.rows(), workers),
             sums,
             counts,
         }
     }
+}
+
+/// `x^T x` of `x [examples, width]`, of which the lower half counts.
+fn products(x: MatRef<f32>, workers: &Workers) -> Mat<f64> {
+    let width = x.ncols();
+    // A block of columns after the other.
+    let blocks: Vec<usize> = (0..width).step_by(COLUMNS).collect();
+    let product = |&from: &usize| {
+        let columns = x.subcols(from, COLUMNS.min(width - from));
+        x.subcols(from, width - from).transpose() * columns
+    };
+    let mut all = Mat::zeros(width, width);
+    for (from, block) in blocks.iter().zip(workers.map(&blocks, product)) {
+        for j in 0..block.ncols() {
+            for i in j..block.nrows() {
+                all[(from + i, from + j)] = f64::from(block[(i, j)]);
+            }
+        }
+    }
+    all
 }
 
 /// Sums over standardised examples.
@@ -275,15 +331,17 @@ impl Moments {
         for i in 0..width {
             within[(i, i)] += shrinkage;
         }
-        let factor = within
-            .llt(Side::Lower)
-            .map_err(|_| Error::Settings("the features' covariance cannot be inverted".into()))?;
+        let factor = within.llt(Side::Lower).map_err(|_| not_inverted())?;
         let weight = factor.solve(means.transpose()).transpose().to_owned();
         let bias = (0..classes)
             .map(|c| ((self.counts[c] + 0.5) / n).ln() - 0.5 * (weight.row(c) * means.row(c).transpose()))
             .collect();
         Ok(Classifier { weight, bias })
     }
+}
+
+fn not_inverted() -> Error {
+    Error::Settings("the features' covariance cannot be inverted".into())
 }
 
 /// `[classes, examples]` of `rows [examples, width]`.
@@ -482,7 +540,7 @@ mod tests {
             interrupted: &AtomicBool::new(false),
             seen: &|_, _, _| (),
         };
-        Discriminant::fit(examples, choice, means)
+        Discriminant::fit_as(examples, choice, means)
     }
 
     fn accuracy(fit: &Discriminant, features: &[f32], labels: &[u32]) -> f64 {
@@ -520,6 +578,65 @@ mod tests {
         };
         let (bare, _) = fit_with(&given, Some(bare)).unwrap();
         assert!(accuracy(&bare, &unseen, &truth) < 0.85);
+    }
+
+    #[test]
+    fn a_second_view_that_is_the_first_changes_nothing() {
+        let (features, _) = examples(24, 1);
+        // Nothing can be learnt of these. Were an example held out in one view alone, what is learnt by heart would look right.
+        let labels: Vec<u32> = (0..24).map(|i| i / 3 % 3).collect();
+        let given = |features| Examples {
+            features,
+            width: 20,
+            labels: &labels,
+            classes: 3,
+        };
+        let (_, choice) = fit_with(&given(&features), None).unwrap();
+        let twice = [&features[..], &features].concat();
+        let (_, chosen) = fit_with(&given(&twice), None).unwrap();
+        assert_eq!(
+            (choice.shrinkage, choice.temperature),
+            (chosen.shrinkage, chosen.temperature)
+        );
+        let bare = Choice {
+            dropout: None,
+            ..choice
+        };
+        let [one, two] = [&features, &twice].map(|f| fit_with(&given(f), Some(bare)).unwrap().0);
+        let difference = (&one.weight - &two.weight).norm_max();
+        assert!(difference < 1e-4 * one.weight.norm_max(), "{difference}");
+    }
+
+    #[test]
+    fn an_imitation_says_the_same_of_other_features() {
+        let (features, labels) = examples(60, 1);
+        let given = Examples {
+            features: &features,
+            width: 20,
+            labels: &labels,
+            classes: 3,
+        };
+        let (fit, _) = fit_with(&given, None).unwrap();
+        let logits = fit.logits(&features);
+        let workers = Workers::new(2).unwrap();
+        // Sums of neighbours, of another size, and one that says nothing.
+        let other = |features: &[f32]| -> Vec<f32> {
+            let row = |row: &[f32]| {
+                let sums: Vec<f32> = (0..20)
+                    .map(|j| 0.1 * (row[j] + 0.5 * row[(j + 1) % 20]))
+                    .collect();
+                sums.into_iter().chain([7.0])
+            };
+            features.chunks(20).flat_map(row).collect()
+        };
+        let found = Discriminant::imitating(&logits, &other(&features), 21, &workers).unwrap();
+        let (unseen, _) = examples(600, 2);
+        let (wanted, got) = (fit.logits(&unseen), found.logits(&other(&unseen)));
+        let difference = (&wanted - &got).norm_l2();
+        assert!(difference < 0.05 * wanted.norm_l2(), "{difference}");
+        let mut broken = other(&features);
+        broken[7] = f32::NAN;
+        assert!(Discriminant::imitating(&logits, &broken, 21, &workers).is_err());
     }
 
     #[test]

@@ -3,8 +3,8 @@
 //! The head's features are at first those of the backbone, so a head is fitted to them ([`crate::discriminant`]). Adapters whose
 //! attention starts as a plain mean of the tokens are linear then, and so is all that the model makes of the class tokens' rows
 //! and of the tokens' means in the hidden states that it reads: one analysis of all of these says what each adapter should add, as
-//! far as its rank holds it. Training then improves on a linear classifier of all that the adapters see, instead of spending
-//! its epochs, and its few pictures, on getting there.
+//! far as its rank holds it. Every view of a picture is an example of its own. Training then improves on a linear classifier of
+//! all that the adapters see, instead of spending its epochs, and its few pictures, on getting there.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -18,7 +18,7 @@ use veiltune_nn::layers::BATCH_NORM_EPS;
 use veiltune_nn::owc::{Branch, NormChoice, OwcConfig};
 use veiltune_nn::{Method, Private, Read};
 
-use crate::discriminant::{Choice, Discriminant, Examples, Means};
+use crate::discriminant::{Discriminant, Examples, Means};
 use crate::train::Pictures;
 use crate::workers::{Seen, Workers};
 use crate::{Error, Result};
@@ -50,7 +50,7 @@ pub(crate) struct Analysis {
     /// A classifier of, divided by that, the class token's row, and for each adapter of its row behind the projection down and of the
     /// mean of all tokens behind the norm; all less their means.
     fit: Discriminant,
-    /// What it says of the pictures, `[classes, pictures]`.
+    /// What it says of the pictures, `[classes, pictures]`, in the first view.
     pub logits: Mat<f32>,
 }
 
@@ -78,28 +78,26 @@ impl<F: Fn(&str, &[usize]) -> veiltune_engine::Result<Tensor> + Sync> Ground<'_,
         }
     }
 
-    /// Of each pass over some of the pictures.
+    /// Of each pass over some of the pictures, all in one of the first `views` after the other.
     fn each<R: Send>(
         &self,
         what: &'static str,
+        views: usize,
         pass: impl Fn(&[Tensor]) -> Result<R> + Sync,
     ) -> Result<Vec<R>> {
-        let passes: Vec<&[usize]> = self.pictures.which.chunks(PASS).collect();
-        let one = |which: &&[usize]| match self.interrupted.load(Relaxed) {
+        let Pictures { states, which } = self.pictures;
+        let passes: Vec<(usize, &[usize])> = (0..views)
+            .flat_map(|view| which.chunks(PASS).map(move |which| (view, which)))
+            .collect();
+        let one = |(view, which): &(usize, &[usize])| match self.interrupted.load(Relaxed) {
             true => Err(Error::Interrupted),
-            false => pass(&self.pictures.states.batch(0, which, self.reads)?),
+            false => pass(&states.batch(*view, which, self.reads)?),
         };
         let results = self.workers.shown((self.seen, what), &passes, one);
         results.into_iter().collect()
     }
 
-    fn fit(
-        &self,
-        features: &[f32],
-        width: usize,
-        classes: usize,
-        choice: Option<Choice>,
-    ) -> Result<(Discriminant, Choice)> {
+    fn fit(&self, features: &[f32], width: usize, classes: usize) -> Result<Discriminant> {
         let all = self.pictures.states.labels();
         let labels: Vec<u32> = self.pictures.which.iter().map(|&i| all[i]).collect();
         let examples = Examples {
@@ -114,12 +112,13 @@ impl<F: Fn(&str, &[usize]) -> veiltune_engine::Result<Tensor> + Sync> Ground<'_,
             interrupted: self.interrupted,
             seen: self.seen,
         };
-        Discriminant::fit(&examples, choice, means)
+        Discriminant::fit(&examples, means)
     }
 
     /// A head fitted to what it is given, and its norm's averages if that is a batch norm.
     fn head(&self, method: &Method) -> Result<Values> {
         let (width, mut values) = (method.hidden_size(), Values::new());
+        let views = self.pictures.states.views();
         // A head that hands on what it is given.
         let bare = method.with_labels((0..width).map(|i| i.to_string()).collect());
         let initial = &self.initial;
@@ -130,7 +129,7 @@ impl<F: Fn(&str, &[usize]) -> veiltune_engine::Result<Tensor> + Sync> Ground<'_,
                 _ => Ok(initial(name, dims)?.detach()),
             }
         };
-        let rows = self.each("reading states", |inputs| {
+        let rows = self.each("reading states", views, |inputs| {
             let params = Params::new(load);
             let model: Private<Plain> = bare.load(&params, &params)?;
             numbers(&model.forward(&Plain::new(), inputs)?)
@@ -146,7 +145,7 @@ impl<F: Fn(&str, &[usize]) -> veiltune_engine::Result<Tensor> + Sync> Ground<'_,
             features.iter_mut().for_each(|v| *v *= unit);
             values.extend(batch_normalise(&mut features, width)?.0);
         }
-        let (fit, _) = self.fit(&features, width, method.labels().len(), None)?;
+        let fit = self.fit(&features, width, method.labels().len())?;
         values.insert("head.weight".into(), matrix(&fit.weight)?);
         values.insert("head.bias".into(), vector(fit.bias)?);
         Ok(values)
@@ -156,11 +155,12 @@ impl<F: Fn(&str, &[usize]) -> veiltune_engine::Result<Tensor> + Sync> Ground<'_,
     pub(crate) fn analyse(&self, c: &OwcConfig) -> Result<Analysis> {
         let (d, r, s, classes) = (c.hidden_size, c.rank, c.scope, c.labels.len());
         let layer_norm = c.norm == NormChoice::Layer;
+        let views = self.pictures.states.views();
 
         // What each part of the states says, to a linear classifier of all: of each picture the last class token's row, then
         // the class token's row and the tokens' mean of each state that an adapter reads.
         let width = (1 + 2 * s) * d;
-        let parts = self.each("reading states", |inputs| {
+        let parts = self.each("reading states", views, |inputs| {
             let mut parts = vec![class_row(&inputs[s])?];
             for state in &inputs[..s] {
                 parts.push(class_row(state)?);
@@ -177,7 +177,10 @@ impl<F: Fn(&str, &[usize]) -> veiltune_engine::Result<Tensor> + Sync> Ground<'_,
                 false => 1.0,
             })
             .collect();
-        let (fit, choice) = self.fit(&divided(&states, &divisors), width, classes, None)?;
+        let features = divided(&states, &divisors);
+        let fit = self.fit(&features, width, classes)?;
+        let logits = fit.logits(&features);
+        drop(features);
 
         // Adapter i reads the sum of the states up to its own, and its result is part of all sums after it: so it is to say what
         // its state says and the next one's does not. Which directions of its input matter for that?
@@ -207,10 +210,11 @@ impl<F: Fn(&str, &[usize]) -> veiltune_engine::Result<Tensor> + Sync> Ground<'_,
         }
         drop((sums, states));
 
-        // And which function of them, as they come out of the norm before the attention?
+        // And which function of them, as they come out of the norm before the attention, says the same? One that is fitted to the
+        // labels again would learn them by heart: the directions are those of these very pictures.
         let tensors = downs.iter().map(|(w, b)| Ok((matrix(w)?, vector(b.clone())?)));
         let downs: Vec<Down> = tensors.collect::<Result<_>>()?;
-        let parts = self.each("reading what adapters are to see", |inputs| {
+        let parts = self.each("reading what adapters are to see", views, |inputs| {
             let mut u = inputs[0].clone();
             let (mut parts, mut gains) = (Vec::new(), Vec::new());
             for i in 0..s {
@@ -233,14 +237,14 @@ impl<F: Fn(&str, &[usize]) -> veiltune_engine::Result<Tensor> + Sync> Ground<'_,
             parts.insert(0, u);
             Ok((numbers(&Tensor::cat(&parts, 1)?)?, gains))
         })?;
-        let n = self.pictures.which.len() as f64;
+        let n = divisors.len() as f64;
         let gain = |i: usize| parts.iter().map(|(_, gains)| gains[i]).sum::<f64>() / n;
         let gains: Vec<f64> = (0..s).map(gain).collect();
         let width = d + 2 * r * s;
         let features: Vec<f32> = parts.into_iter().flat_map(|(rows, _)| rows).collect();
         let (_, variance) = moments(&features, width);
         let features = divided(&features, &divisors);
-        let (fit, _) = self.fit(&features, width, classes, Some(choice))?;
+        let fit = Discriminant::imitating(&logits, &features, width, self.workers)?;
         let is_constant = |i: usize| {
             let (row, mean) = variance[d + 2 * i * r..].split_at(r);
             row.iter()
@@ -254,7 +258,7 @@ impl<F: Fn(&str, &[usize]) -> veiltune_engine::Result<Tensor> + Sync> Ground<'_,
             spread: variance[..d].iter().map(|v| v.sqrt().max(1e-6)).collect(),
             is_constant: (0..s).map(is_constant).collect(),
             divisor: divisors.iter().map(|v| f64::from(*v)).sum::<f64>() / n,
-            logits: fit.logits(&features),
+            logits: fit.logits(&features[..self.pictures.which.len() * width]),
             fit,
         })
     }
@@ -391,7 +395,7 @@ impl<F: Fn(&str, &[usize]) -> veiltune_engine::Result<Tensor> + Sync> Ground<'_,
             .iter()
             .map(|(up, project)| Ok((matrix(up)?.t()?, matrix(project)?.t()?)));
         let tensors: Vec<(Tensor, Tensor)> = tensors.collect::<Result<_>>()?;
-        let passes = self.each("running the adapters", |inputs| {
+        let passes = self.each("running the adapters", 1, |inputs| {
             let mut u = inputs[0].clone();
             let mut sums = Vec::new();
             for (i, (up, project)) in tensors.iter().enumerate() {

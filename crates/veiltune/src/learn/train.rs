@@ -79,8 +79,8 @@ pub struct Recipe {
     /// Probability with which a feature of what an adapter adds is left out in training [default: 0.1]
     #[arg(long, value_name = "P")]
     pub dropout: Option<f32>,
-    /// Views of each picture: the whole one, and N - 1 random crops, perhaps mirrored; epochs take turns [default: 2; without
-    /// epochs 1; texts have one]
+    /// Views of each picture: the whole one, and N - 1 random crops, perhaps mirrored; training starts from all of them, and
+    /// its epochs take turns [default: 2; texts have one]
     #[arg(long, value_name = "N")]
     pub views: Option<usize>,
     /// Smallest share of a picture's area that a random crop shows; 1: only mirrored
@@ -132,8 +132,7 @@ impl Recipe {
             (Source::Texts(_), Some(_)) => {
                 return Err(Error::Input("a text has one view; leave --views out".into()));
             }
-            // A start is of whole pictures.
-            (_, views) => views.unwrap_or(if self.epochs == Some(0) { 1 } else { 2 }),
+            (_, views) => views.unwrap_or(2),
         };
         Ok(Views {
             count,
