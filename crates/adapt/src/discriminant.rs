@@ -61,7 +61,7 @@ pub struct Means<'a> {
 
 /// What is chosen.
 #[derive(Clone, Copy, Debug, PartialEq)]
-struct Choice {
+pub struct Choice {
     shrinkage: f64,
     temperature: f64,
     /// None: no descent.
@@ -78,16 +78,11 @@ pub struct Discriminant {
 }
 
 impl Discriminant {
-    /// Fits to `examples`.
+    /// Fits to `examples`, with a choice if there is one already.
     ///
     /// # Errors
     /// If there is no example, or a feature is not finite.
-    pub fn fit(examples: &Examples, means: Means) -> Result<Discriminant> {
-        Ok(Self::fit_as(examples, None, means)?.0)
-    }
-
-    /// With a choice if there is one already.
-    fn fit_as(examples: &Examples, choice: Option<Choice>, means: Means) -> Result<(Discriminant, Choice)> {
+    pub fn fit(examples: &Examples, choice: Option<Choice>, means: Means) -> Result<(Discriminant, Choice)> {
         let (n, width) = (examples.labels.len(), examples.width);
         let views = examples.features.len() / (n * width).max(1);
         if n == 0 || width == 0 || examples.features.iter().any(|x| !x.is_finite()) {
@@ -144,7 +139,8 @@ impl Discriminant {
         Ok((scale.undone(found), choice))
     }
 
-    /// Of other features `[examples, width]`, what comes closest to `logits [classes, examples]`, by least squares.
+    /// Of other features `[examples, width]`, what comes closest to `logits [classes, examples]`, by least squares; and the share
+    /// of the logits' variance that it meets.
     ///
     /// # Errors
     /// If a feature is not finite.
@@ -153,7 +149,7 @@ impl Discriminant {
         features: &[f32],
         width: usize,
         workers: &Workers,
-    ) -> Result<Discriminant> {
+    ) -> Result<(Discriminant, f64)> {
         let scale = Scale::of(features, width);
         let standard: Vec<f32> = features
             .chunks_exact(width)
@@ -164,6 +160,7 @@ impl Discriminant {
         let mean = |c: usize| logits.row(c).iter().map(|v| f64::from(*v)).sum::<f64>() / n as f64;
         let bias: Vec<f64> = (0..classes).map(mean).collect();
         let wanted = Mat::from_fn(classes, n, |c, i| logits[(c, i)] - bias[c] as f32);
+        let variance = f64::from(wanted.norm_l2()).powi(2);
         let wanted = wanted * rows;
         let wanted = Mat::from_fn(classes, width, |c, j| f64::from(wanted[(c, j)]));
         let mut products = products(rows, workers);
@@ -172,7 +169,10 @@ impl Discriminant {
         }
         let factor = products.llt(Side::Lower).map_err(|_| not_inverted())?;
         let weight = factor.solve(wanted.transpose()).transpose().to_owned();
-        Ok(scale.undone(Classifier { weight, bias }))
+        let met: f64 = (0..classes)
+            .map(|c| weight.row(c) * wanted.row(c).transpose())
+            .sum();
+        Ok((scale.undone(Classifier { weight, bias }), met / variance))
     }
 
     /// Of `features [examples, width]`: `[classes, examples]`.
@@ -540,7 +540,7 @@ mod tests {
             interrupted: &AtomicBool::new(false),
             seen: &|_, _, _| (),
         };
-        Discriminant::fit_as(examples, choice, means)
+        Discriminant::fit(examples, choice, means)
     }
 
     fn accuracy(fit: &Discriminant, features: &[f32], labels: &[u32]) -> f64 {
@@ -629,11 +629,16 @@ mod tests {
             };
             features.chunks(20).flat_map(row).collect()
         };
-        let found = Discriminant::imitating(&logits, &other(&features), 21, &workers).unwrap();
+        let (found, met) = Discriminant::imitating(&logits, &other(&features), 21, &workers).unwrap();
+        assert!(met > 0.99 && met <= 1.0, "{met}");
         let (unseen, _) = examples(600, 2);
         let (wanted, got) = (fit.logits(&unseen), found.logits(&other(&unseen)));
         let difference = (&wanted - &got).norm_l2();
         assert!(difference < 0.05 * wanted.norm_l2(), "{difference}");
+        // Two features of twenty say less.
+        let two: Vec<f32> = features.chunks(20).flat_map(|row| [row[0], row[1]]).collect();
+        let (_, met) = Discriminant::imitating(&logits, &two, 2, &workers).unwrap();
+        assert!((0.0..0.9).contains(&met), "{met}");
         let mut broken = other(&features);
         broken[7] = f32::NAN;
         assert!(Discriminant::imitating(&logits, &broken, 21, &workers).is_err());

@@ -18,7 +18,7 @@ use veiltune_nn::layers::BATCH_NORM_EPS;
 use veiltune_nn::owc::{Branch, NormChoice, OwcConfig};
 use veiltune_nn::{Method, Private, Read};
 
-use crate::discriminant::{Discriminant, Examples, Means};
+use crate::discriminant::{Choice, Discriminant, Examples, Means};
 use crate::train::Pictures;
 use crate::workers::{Seen, Workers};
 use crate::{Error, Result};
@@ -27,6 +27,8 @@ use crate::{Error, Result};
 const PASS: usize = 100;
 /// Penalty of the equations for an adapter's weights, as a share of their mean eigenvalue.
 const RIDGE: f64 = 1e-3;
+/// Share of a classifier's variance from which on an imitation replaces it.
+const MET: f64 = 0.995;
 /// What a LayerNorm adds to a variance.
 const LAYER_NORM_EPS: f64 = 1e-6;
 
@@ -97,7 +99,13 @@ impl<F: Fn(&str, &[usize]) -> veiltune_engine::Result<Tensor> + Sync> Ground<'_,
         results.into_iter().collect()
     }
 
-    fn fit(&self, features: &[f32], width: usize, classes: usize) -> Result<Discriminant> {
+    fn fit(
+        &self,
+        features: &[f32],
+        width: usize,
+        classes: usize,
+        choice: Option<Choice>,
+    ) -> Result<(Discriminant, Choice)> {
         let all = self.pictures.states.labels();
         let labels: Vec<u32> = self.pictures.which.iter().map(|&i| all[i]).collect();
         let examples = Examples {
@@ -112,7 +120,7 @@ impl<F: Fn(&str, &[usize]) -> veiltune_engine::Result<Tensor> + Sync> Ground<'_,
             interrupted: self.interrupted,
             seen: self.seen,
         };
-        Discriminant::fit(&examples, means)
+        Discriminant::fit(&examples, choice, means)
     }
 
     /// A head fitted to what it is given, and its norm's averages if that is a batch norm.
@@ -145,7 +153,7 @@ impl<F: Fn(&str, &[usize]) -> veiltune_engine::Result<Tensor> + Sync> Ground<'_,
             features.iter_mut().for_each(|v| *v *= unit);
             values.extend(batch_normalise(&mut features, width)?.0);
         }
-        let fit = self.fit(&features, width, method.labels().len())?;
+        let (fit, _) = self.fit(&features, width, method.labels().len(), None)?;
         values.insert("head.weight".into(), matrix(&fit.weight)?);
         values.insert("head.bias".into(), vector(fit.bias)?);
         Ok(values)
@@ -178,7 +186,7 @@ impl<F: Fn(&str, &[usize]) -> veiltune_engine::Result<Tensor> + Sync> Ground<'_,
             })
             .collect();
         let features = divided(&states, &divisors);
-        let fit = self.fit(&features, width, classes)?;
+        let (fit, choice) = self.fit(&features, width, classes, None)?;
         let logits = fit.logits(&features);
         drop(features);
 
@@ -210,8 +218,7 @@ impl<F: Fn(&str, &[usize]) -> veiltune_engine::Result<Tensor> + Sync> Ground<'_,
         }
         drop((sums, states));
 
-        // And which function of them, as they come out of the norm before the attention, says the same? One that is fitted to the
-        // labels again would learn them by heart: the directions are those of these very pictures.
+        // And which function of them, as they come out of the norm before the attention?
         let tensors = downs.iter().map(|(w, b)| Ok((matrix(w)?, vector(b.clone())?)));
         let downs: Vec<Down> = tensors.collect::<Result<_>>()?;
         let parts = self.each("reading what adapters are to see", views, |inputs| {
@@ -244,7 +251,13 @@ impl<F: Fn(&str, &[usize]) -> veiltune_engine::Result<Tensor> + Sync> Ground<'_,
         let features: Vec<f32> = parts.into_iter().flat_map(|(rows, _)| rows).collect();
         let (_, variance) = moments(&features, width);
         let features = divided(&features, &divisors);
-        let fit = Discriminant::imitating(&logits, &features, width, self.workers)?;
+        // One that says the same, if there is one: one that is fitted to the labels again learns them by heart, since the
+        // directions are those of these very pictures. But where the rank is too small for that, learning again is better.
+        let (imitation, met) = Discriminant::imitating(&logits, &features, width, self.workers)?;
+        let fit = match met > MET {
+            true => imitation,
+            false => self.fit(&features, width, classes, Some(choice))?.0,
+        };
         let is_constant = |i: usize| {
             let (row, mean) = variance[d + 2 * i * r..].split_at(r);
             row.iter()
