@@ -533,6 +533,15 @@ mod tests {
         (features.collect(), labels)
     }
 
+    fn given<'a>(features: &'a [f32], labels: &'a [u32]) -> Examples<'a> {
+        Examples {
+            features,
+            width: 20,
+            labels,
+            classes: 3,
+        }
+    }
+
     fn fit_with(examples: &Examples, choice: Option<Choice>) -> Result<(Discriminant, Choice)> {
         let means = Means {
             workers: &Workers::new(2).unwrap(),
@@ -562,12 +571,7 @@ mod tests {
     #[test]
     fn noise_that_features_share_is_seen_through_with_few_examples() {
         let (features, labels) = examples(60, 1);
-        let given = Examples {
-            features: &features,
-            width: 20,
-            labels: &labels,
-            classes: 3,
-        };
+        let given = given(&features, &labels);
         let (fit, choice) = fit_with(&given, None).unwrap();
         let (unseen, truth) = examples(600, 2);
         assert!(accuracy(&fit, &unseen, &truth) > 0.9, "{choice:?}");
@@ -585,15 +589,9 @@ mod tests {
         let (features, _) = examples(24, 1);
         // Nothing can be learnt of these. Were an example held out in one view alone, what is learnt by heart would look right.
         let labels: Vec<u32> = (0..24).map(|i| i / 3 % 3).collect();
-        let given = |features| Examples {
-            features,
-            width: 20,
-            labels: &labels,
-            classes: 3,
-        };
-        let (_, choice) = fit_with(&given(&features), None).unwrap();
+        let (_, choice) = fit_with(&given(&features, &labels), None).unwrap();
         let twice = [&features[..], &features].concat();
-        let (_, chosen) = fit_with(&given(&twice), None).unwrap();
+        let (_, chosen) = fit_with(&given(&twice, &labels), None).unwrap();
         assert_eq!(
             (choice.shrinkage, choice.temperature),
             (chosen.shrinkage, chosen.temperature)
@@ -602,7 +600,7 @@ mod tests {
             dropout: None,
             ..choice
         };
-        let [one, two] = [&features, &twice].map(|f| fit_with(&given(f), Some(bare)).unwrap().0);
+        let [one, two] = [&features, &twice].map(|f| fit_with(&given(f, &labels), Some(bare)).unwrap().0);
         let difference = (&one.weight - &two.weight).norm_max();
         assert!(difference < 1e-4 * one.weight.norm_max(), "{difference}");
     }
@@ -610,12 +608,7 @@ mod tests {
     #[test]
     fn an_imitation_says_the_same_of_other_features() {
         let (features, labels) = examples(60, 1);
-        let given = Examples {
-            features: &features,
-            width: 20,
-            labels: &labels,
-            classes: 3,
-        };
+        let given = given(&features, &labels);
         let (fit, _) = fit_with(&given, None).unwrap();
         let logits = fit.logits(&features);
         let workers = Workers::new(2).unwrap();
@@ -648,10 +641,8 @@ mod tests {
     fn classes_without_examples_are_unlikely_and_what_is_not_finite_is_refused() {
         let (features, labels) = examples(60, 1);
         let given = Examples {
-            features: &features,
-            width: 20,
-            labels: &labels,
             classes: 4,
+            ..given(&features, &labels)
         };
         let (fit, _) = fit_with(&given, None).unwrap();
         assert_eq!(fit.weight.shape(), (4, 20));

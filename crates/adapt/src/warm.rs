@@ -27,7 +27,7 @@ use crate::{Error, Result};
 const PASS: usize = 100;
 /// Penalty of the equations for an adapter's weights, as a share of their mean eigenvalue.
 const RIDGE: f64 = 1e-3;
-/// Share of a classifier's variance from which on an imitation replaces it.
+/// Share of the variance of a classifier's logits above which an imitation replaces it; what less leaves out are classes.
 const MET: f64 = 0.995;
 /// What a LayerNorm adds to a variance.
 const LAYER_NORM_EPS: f64 = 1e-6;
