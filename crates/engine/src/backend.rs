@@ -195,6 +195,15 @@ pub trait Backend {
     fn turns(&self, x: &Self::Tensor) -> Result<[Self::Tensor; 2]>;
     /// Softmax over the last dimension.
     fn softmax(&self, x: &Self::Tensor, spec: &SoftmaxSpec) -> Result<Self::Tensor>;
+    /// Softmax over the last dimension of `scores [.., m, n]`, times `values [.., n, d]`.
+    fn attend(
+        &self,
+        scores: &Self::Tensor,
+        values: &Self::Tensor,
+        spec: &SoftmaxSpec,
+    ) -> Result<Self::Tensor> {
+        self.matmul(&self.softmax(scores, spec)?, values)
+    }
     /// Normalisation over the last dimension, no affine part.
     fn normalize(&self, x: &Self::Tensor, spec: &NormSpec) -> Result<Self::Tensor>;
     /// 1 / x, elementwise, for positive x. Calibrated: `range` holds the smallest and the largest x; the result is wrong

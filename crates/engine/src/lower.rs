@@ -181,6 +181,10 @@ impl<G: Gates> Backend for G {
         softmax::softmax(self, x, spec)
     }
 
+    fn attend(&self, scores: &G::T, values: &G::T, spec: &SoftmaxSpec) -> Result<G::T> {
+        softmax::attend(self, scores, values, spec)
+    }
+
     fn normalize(&self, x: &G::T, spec: &NormSpec) -> Result<G::T> {
         normalize::normalize(self, x, spec)
     }

@@ -122,6 +122,7 @@ fn jobs() -> Vec<Job> {
         Verb::Softmax,
         Verb::WideSoftmax,
         Verb::WidestSoftmax,
+        Verb::Attend,
         Verb::Normalize(NormKind::Layer),
         Verb::NormalizeOfSquare(NormKind::Layer),
         Verb::ReluOfFineSquare,

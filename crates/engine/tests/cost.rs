@@ -183,11 +183,12 @@ fn activations() {
 fn normalisations() {
     // The inverse of a value whose intervals so many bits tell apart, truncated by `cut` bits, and the product with it: opens v and the
     // line's result; deals a key of a pair, the low mask, the truncation, and for each element a product and its carry.
-    let inverse = |key_bits: u64, cut: u64| {
+    let inverse_for = |products: u64, key_bits: u64, cut: u64| {
         let key = 32 * (key_bits - 2) + 64;
-        let second = (8 + 8) * ROWS + cut * ROWS / 8 + 8 * N + cut * N / 8;
+        let second = (8 + 8) * ROWS + cut * ROWS / 8 + 8 * products + cut * products / 8;
         (16 * ROWS, key * ROWS, second)
     };
+    let inverse = |key_bits, cut| inverse_for(N, key_bits, cut);
     let (online, both, second) = inverse(25 - 6, 24);
     // The row itself, and the sum of its squares.
     let (online, second) = (8 * N + online, second + 8 * ROWS);
@@ -226,6 +227,28 @@ fn normalisations() {
         [
             31 * 128 * ROWS + both,
             32 * N + 31 * 128 * ROWS + 16 * 16 * N + both + second,
+        ],
+    );
+    // The product with values before the division: the values are opened; 60 fractional bits of the exponentials, rounded to 24 of them,
+    // from sines of 44 bits; truncated, and what is left of them opened, with their sum, of 24 fractional bits. Of the product, opened whole
+    // and truncated by 24 bits, the carry is in its product with the inverse.
+    let products = ROWS * ROWS;
+    let (divided, both, second) = inverse_for(products, 25 - 6, 24);
+    let second = second + 3 * products;
+    costs(
+        Job::new(Verb::Attend),
+        6,
+        [21 * N / 8 + 31 * ROWS + 22 * N / 8 + (28 + 36) * N / 8 + 8 * N + 8 * products + divided; 2],
+        [
+            31 * 128 * ROWS + both,
+            32 * N
+                + 31 * 128 * ROWS
+                + 16 * 2 * 44 * N / 8
+                + 8 * N
+                + 36 * N / 8
+                + (8 + 8 + 3) * products
+                + both
+                + second,
         ],
     );
     // Wide scores: before that a maximum in buckets of 8 (24 bits) and a ReLU of either kind; then scores up to 16 in buckets of 2

@@ -35,6 +35,7 @@ fn jobs() -> Vec<Job> {
         Job::new(Verb::Argmax).by(Comparison::MaskedBits),
         Job::new(Verb::Activation(Activation::Gelu, Range::Guarded(6.4))),
         Job::new(Verb::Softmax),
+        Job::new(Verb::Attend),
     ]
 }
 
@@ -255,6 +256,7 @@ fn a_role_that_runs_another_program_is_found_out() {
     for (index, other) in [
         job.clone().dims(&[8, 15]),
         Job::new(Verb::Softmax),
+        Job::new(Verb::Attend),
         job.clone().by(Comparison::MaskedBits),
     ]
     .into_iter()

@@ -80,23 +80,55 @@ impl AttentionSpec {
     /// Weights from scores `[.., n]`, which are already divided by the root of the head's width. LinAtten's mixing has
     /// parameters and is done by its layer: here its scores are returned as they are.
     pub fn weights<B: Backend>(&self, b: &B, scores: &B::Tensor) -> Result<B::Tensor> {
+        match *self {
+            AttentionSpec::Softmax { bound } => b.softmax(scores, &SoftmaxSpec { bound }),
+            _ => divided(b, self.terms(b, scores)?, Ok),
+        }
+    }
+
+    /// The product of these weights, `[.., m, n]`, and `values [.., n, d]`: divided last, as there are fewer results than weights.
+    pub fn attend<B: Backend>(&self, b: &B, scores: &B::Tensor, values: &B::Tensor) -> Result<B::Tensor> {
+        match *self {
+            AttentionSpec::Softmax { bound } => b.attend(scores, values, &SoftmaxSpec { bound }),
+            _ => divided(b, self.terms(b, scores)?, |terms| b.matmul(&terms, values)),
+        }
+    }
+
+    /// What the weights of a row are in proportion to, and the reciprocal of its sum where they are divided by it. Not of softmax.
+    fn terms<B: Backend>(&self, b: &B, scores: &B::Tensor) -> Result<(B::Tensor, Option<B::Tensor>)> {
         let last = b.dims(scores).len() - 1;
         match *self {
-            AttentionSpec::LinAtten => Ok(scores.clone()),
-            AttentionSpec::Softmax { bound } => b.softmax(scores, &SoftmaxSpec { bound }),
+            AttentionSpec::LinAtten | AttentionSpec::Softmax { .. } => Ok((scores.clone(), None)),
             AttentionSpec::TwoQuad { sum } => {
                 let shifted = add_constant(b, scores, SHIFT)?;
                 let square = b.mul(&shifted, &shifted)?;
-                let total = b.reciprocal(&b.sum(&square, last)?, sum)?;
-                b.mul(&square, &total)
+                let inverse = b.reciprocal(&b.sum(&square, last)?, sum)?;
+                Ok((square, Some(inverse)))
             }
             AttentionSpec::ReluSoftmax { sum } => {
                 let positive = b.relu(scores)?;
                 let total = add_constant(b, &b.sum(&positive, last)?, FLOOR)?;
-                b.mul(&positive, &b.reciprocal(&total, sum)?)
+                let inverse = b.reciprocal(&total, sum)?;
+                Ok((positive, Some(inverse)))
             }
-            AttentionSpec::Scaled => b.scale(scores, 1.0 / b.dims(scores)[last] as f64),
+            AttentionSpec::Scaled => {
+                let scaled = b.scale(scores, 1.0 / b.dims(scores)[last] as f64)?;
+                Ok((scaled, None))
+            }
         }
+    }
+}
+
+/// What `then` makes of the terms, times the reciprocal of their sum.
+fn divided<B: Backend>(
+    b: &B,
+    (terms, inverse): (B::Tensor, Option<B::Tensor>),
+    then: impl FnOnce(B::Tensor) -> Result<B::Tensor>,
+) -> Result<B::Tensor> {
+    let y = then(terms)?;
+    match inverse {
+        Some(inverse) => b.mul(&y, &inverse),
+        None => Ok(y),
     }
 }
 

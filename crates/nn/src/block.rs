@@ -146,8 +146,8 @@ impl<B: Backend> Block<B> {
         };
         b.prepare(&[&q, &k, &v])?;
         let scores = b.matmul(&q, &b.transpose(&k, 2, 3)?)?;
-        let weights = self.attention.weights(b, &scores)?;
-        self.out.forward(b, &join_heads(b, &b.matmul(&weights, &v)?)?)
+        self.out
+            .forward(b, &join_heads(b, &self.attention.attend(b, &scores, &v)?)?)
     }
 }
 

@@ -11,7 +11,7 @@
 //! bytes an element together.
 //!
 //! An angle of more than 53 bits is opened whole and used by its first 53. Zeros of x ([`Meta::zeros`]) are zeros of t, and are not
-//! sent. The result comes in one of three forms:
+//! sent. The result comes in one of four forms:
 //!
 //! - [`Form::Whole`]: modulo 2^64, at the scale of the series.
 //! - [`Form::Rounded`]: the same, each party's share rounded to a multiple of 2^z as by [`carried`](super::carried): later openings
@@ -49,6 +49,13 @@ pub enum Form {
     Rounded(u32),
     /// As large as a truncation takes it, for |f| < 2^b; a linear coefficient is a power of two.
     Raised(u32),
+    /// As `Raised(size)`, rounded to `bits` fractional bits; without a linear term.
+    RaisedRounded {
+        /// |f| < 2^size.
+        size: u32,
+        /// Fractional bits.
+        bits: u32,
+    },
 }
 
 /// How a series is evaluated on an input.
@@ -74,6 +81,10 @@ impl Layout {
             zeros,
         };
         let coefficients = whole - series.dealt_scale;
+        let to_round = matches!(form, Form::Rounded(_) | Form::RaisedRounded { .. });
+        if to_round && series.linear != 0.0 {
+            return Err(impossible());
+        }
         Ok(match form {
             Form::Whole => Layout {
                 meta: meta(whole, 0),
@@ -84,9 +95,6 @@ impl Layout {
             },
             Form::Rounded(bits) => {
                 let zeros = whole.saturating_sub(bits);
-                if series.linear != 0.0 {
-                    return Err(impossible());
-                }
                 Layout {
                     meta: meta(whole, zeros),
                     dealt: 64,
@@ -112,6 +120,12 @@ impl Layout {
                     let shift = layout.linear_shift(x, series).ok_or_else(impossible)?;
                     layout.meta.zeros = lift.min(x.zeros + shift);
                 }
+                layout
+            }
+            Form::RaisedRounded { size, bits } => {
+                let mut layout = Layout::new(x, series, Form::Raised(size))?;
+                layout.rounded = layout.meta.scale.saturating_sub(bits);
+                layout.meta.zeros = layout.meta.zeros.max(layout.rounded);
                 layout
             }
         })

@@ -50,6 +50,9 @@ pub enum Op {
     Turns,
     TurnsOfProduct,
     Softmax(SoftmaxSpec),
+    Attend(SoftmaxSpec),
+    /// The values are of 49 fractional bits.
+    AttendToFineProduct(SoftmaxSpec),
     /// Of the square, so that x is positive.
     ReciprocalOfSquare((f64, f64)),
     Reciprocal((f64, f64)),
@@ -208,6 +211,10 @@ impl OpProgram<'_> {
                 b.linear(&y, &weights[0], None)?
             }
             Op::Softmax(spec) => b.softmax(&xs[0], &spec)?,
+            Op::Attend(spec) => b.attend(&xs[0], &xs[1], &spec)?,
+            Op::AttendToFineProduct(spec) => {
+                b.attend(&xs[0], &b.mul(&b.scale(&xs[1], 0.3)?, &xs[2])?, &spec)?
+            }
             Op::Reciprocal(range) => b.reciprocal(&xs[0], range)?,
             Op::ReciprocalOfSquare(range) => b.reciprocal(&b.mul(&xs[0], &xs[0])?, range)?,
             Op::Normalize(spec) => b.normalize(&xs[0], &spec)?,

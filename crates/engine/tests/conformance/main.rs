@@ -156,6 +156,17 @@ proptest! {
     }
 
     #[test]
+    fn attend(rows in 0usize..4, n in 1usize..250, d in 1usize..9, a in who(), b in who(), seed: u64, bound in prop::sample::select(vec![0.5, 4.0, 15.0, 24.0, 90.0]), size in prop::sample::select(vec![1.0, 30.0])) {
+        let x = Case::input(a, &[2, rows, n], uniform(seed, bound));
+        let v = Case::input(b, &[2, n, d], uniform(seed + 1, size));
+        // Wide scores: those that matter add up.
+        let error = if bound > 24.0 { 5e-3 } else { 1e-3 } * size;
+        check(Op::Attend(SoftmaxSpec { bound }), &[x.clone(), v.clone()], error)?;
+        let one = Case::input(b, &[1], vec![1.0]);
+        check(Op::AttendToFineProduct(SoftmaxSpec { bound }), &[x, v, one], error)?;
+    }
+
+    #[test]
     fn wide_softmax(rows in 0usize..4, n in 1usize..300, a in who(), seed: u64, bound in prop::sample::select(vec![25.0, 90.0, 240.0, 300.0, 1984.0])) {
         let x = Case::input(a, &[rows, n], uniform(seed, bound));
         check(Op::Softmax(SoftmaxSpec { bound }), &[x], 1e-3 + 1e-5 * n as f64)?;

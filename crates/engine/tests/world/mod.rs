@@ -39,6 +39,8 @@ pub enum Verb {
     WideSoftmax,
     /// In two steps.
     WidestSoftmax,
+    /// Softmax of x, times x transposed.
+    Attend,
     Normalize(NormKind),
     /// Of x * x: 32 fractional bits, truncated.
     NormalizeOfSquare(NormKind),
@@ -172,6 +174,7 @@ impl Program for Job {
             Verb::Softmax => b.softmax(&x, &SoftmaxSpec { bound: 15.0 })?,
             Verb::WideSoftmax => b.softmax(&x, &SoftmaxSpec { bound: 90.0 })?,
             Verb::WidestSoftmax => b.softmax(&x, &SoftmaxSpec { bound: 900.0 })?,
+            Verb::Attend => b.attend(&x, &b.transpose(&x, 0, 1)?, &SoftmaxSpec { bound: 15.0 })?,
             Verb::Normalize(kind) => b.normalize(&x, &norm(kind))?,
             Verb::NormalizeOfSquare(kind) => b.normalize(&b.mul(&x, &x)?, &norm(kind))?,
             Verb::ReluOfFineSquare => b.relu(&b.mul(&b.scale(&x, 0.3)?, &x)?)?,

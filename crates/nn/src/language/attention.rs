@@ -363,27 +363,21 @@ impl<B: Backend> SelfAttention<B> {
     ) -> Result<B::Tensor> {
         b.prepare(&[&q, &k, &v])?;
         let scores = b.matmul(&q, &b.transpose(&k, 2, 3)?)?;
-        let weights = match scene.allowed(b, only)? {
-            None => b.softmax(&scores, &SoftmaxSpec { bound })?,
+        let attend = |scores: &B::Tensor, bound| b.attend(scores, &v, &SoftmaxSpec { bound });
+        match scene.allowed(b, only)? {
+            None => attend(&scores, bound),
             Some(allowed) if unknown => {
                 // For a calibration: the bound that is wanted is that of the scores before the mask.
                 b.softmax(&scores, &SoftmaxSpec { bound })?;
-                let masked = b.add(&scores, &below(b, &allowed, mask, 0.0)?)?;
-                b.softmax(&masked, &SoftmaxSpec { bound })?
+                attend(&b.add(&scores, &below(b, &allowed, mask, 0.0)?)?, bound)
             }
             Some(allowed) => {
                 // From -bound - mask to bound: moved to the middle.
                 let middle = 0.5 * mask;
                 let masked = b.add(&scores, &below(b, &allowed, mask, middle)?)?;
-                b.softmax(
-                    &masked,
-                    &SoftmaxSpec {
-                        bound: bound + middle,
-                    },
-                )?
+                attend(&masked, bound + middle)
             }
-        };
-        b.matmul(&weights, &v)
+        }
     }
 }
 

@@ -29,6 +29,13 @@ impl<B: Backend> Weighting<B> {
             None => self.spec.weights(b, &settled(b, scores)?),
         }
     }
+
+    fn attend(&self, b: &B, scores: &B::Tensor, values: &B::Tensor) -> Result<B::Tensor> {
+        match &self.mix {
+            Some(_) => b.matmul(&self.forward(b, scores)?, values),
+            None => self.spec.attend(b, &settled(b, scores)?, values),
+        }
+    }
 }
 
 /// A head's scores are `S = Q K^T / sqrt(width)`, its output is `O = P V` with weights P made of S; an output projection
@@ -76,7 +83,7 @@ impl<B: Backend> Attention<B> {
                 let rows = b.matmul(&q, &b.narrow(&inner, 2, 0, width)?)?;
                 b.add(&rows, &b.narrow(&inner, 2, width, 1)?)?
             }
-            None => b.matmul(&self.weighting.forward(b, &b.matmul(&q, &kt)?)?, &v)?,
+            None => self.weighting.attend(b, &b.matmul(&q, &kt)?, &v)?,
         };
         self.proj.forward(b, &join_heads(b, &out)?)
     }
@@ -85,7 +92,7 @@ impl<B: Backend> Attention<B> {
     pub fn forward_class(&self, b: &B, x: &B::Tensor) -> Result<B::Tensor> {
         let [q, k, v] = self.heads(b, x)?;
         let scores = b.matmul(&b.narrow(&q, 2, 0, 1)?, &b.transpose(&k, 2, 3)?)?;
-        let out = b.matmul(&self.weighting.forward(b, &scores)?, &v)?;
+        let out = self.weighting.attend(b, &scores, &v)?;
         self.proj.forward(b, &join_heads(b, &out)?)
     }
 
