@@ -55,7 +55,10 @@ struct Target<'a> {
     /// Errors are divided by this before they are compared with `tolerance`.
     weight: &'a dyn Fn(f64) -> f64,
     tolerance: f64,
+    /// Fractional bits of coefficients and dealt values.
     scales: (u32, u32),
+    /// Bits of a rounding that the fit weighs coefficients by.
+    ridge: i32,
 }
 
 impl Series {
@@ -80,6 +83,7 @@ impl Series {
                 weight: &|_| 1.0,
                 tolerance: 3e-5,
                 scales: (15, 16),
+                ridge: 16,
             })
         })
     }
@@ -100,7 +104,10 @@ impl Series {
                 range: (-depth, head),
                 weight: &|x| 1.0 / (x.exp() + 1e-2),
                 tolerance: 1e-4,
-                scales: (20, 20),
+                // Coefficients are large, and dealt values multiplied by them; these noises are about equal. A larger ridge takes more
+                // harmonics.
+                scales: (18, 22),
+                ridge: 20,
             })
         })
     }
@@ -316,10 +323,9 @@ fn fit_with(target: &Target, turn: (u64, i32), harmonics: usize) -> (Series, f64
         }
         row
     };
-    // Chebyshev nodes; a ridge weighs a coefficient as the rounding of the dealt value that it multiplies.
+    // Chebyshev nodes; a ridge weighs a coefficient as rounding of what it multiplies.
     let nodes = 16 * columns;
-    let rounding = 2f64.powi(-(target.scales.1 as i32)) / 12f64.sqrt();
-    let ridge = rounding * (nodes as f64).sqrt();
+    let ridge = 2f64.powi(-target.ridge) / 12f64.sqrt() * (nodes as f64).sqrt();
     let mut matrix = Vec::with_capacity((nodes + columns) * (columns + 1));
     for i in 0..nodes {
         let node = ((i as f64 + 0.5) * std::f64::consts::PI / nodes as f64).cos();

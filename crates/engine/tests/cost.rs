@@ -215,7 +215,7 @@ fn normalisations() {
         [8 * N + online; 2],
         [both, both + product + row + second + mean(36)],
     );
-    // Buckets of 21 bits opened and 32 one-byte counters dealt, 31 suffixes a row opened and given a key of 128 bytes; the
+    // Buckets of 21 bits opened and 32 counters of 5 bits dealt, 31 suffixes a row opened and given a key of 80 bytes; the
     // exponential of 22 bits with 16 harmonics, opened with 24 of its 40 fractional bits, as is the sum; the inverse and the
     // product.
     let (online, both, second) = inverse(25 - 6, 22);
@@ -223,10 +223,10 @@ fn normalisations() {
     costs(
         Job::new(Verb::Softmax),
         5,
-        [21 * N / 8 + 31 * ROWS + 22 * N / 8 + exp + online; 2],
+        [21 * N / 8 + 31 * 5 * ROWS / 8 + 22 * N / 8 + exp + online; 2],
         [
-            31 * 128 * ROWS + both,
-            32 * N + 31 * 128 * ROWS + 16 * 16 * N + both + second,
+            31 * 80 * ROWS + both,
+            20 * N + 31 * 80 * ROWS + 16 * 16 * N + both + second,
         ],
     );
     // The product with values before the division: the values are opened; 60 fractional bits of the exponentials, rounded to 24 of them,
@@ -238,11 +238,11 @@ fn normalisations() {
     costs(
         Job::new(Verb::Attend),
         6,
-        [21 * N / 8 + 31 * ROWS + 22 * N / 8 + (28 + 36) * N / 8 + 8 * N + 8 * products + divided; 2],
+        [21 * N / 8 + 31 * 5 * ROWS / 8 + 22 * N / 8 + (28 + 36) * N / 8 + 8 * N + 8 * products + divided; 2],
         [
-            31 * 128 * ROWS + both,
-            32 * N
-                + 31 * 128 * ROWS
+            31 * 80 * ROWS + both,
+            20 * N
+                + 31 * 80 * ROWS
                 + 16 * 2 * 44 * N / 8
                 + 8 * N
                 + 36 * N / 8
@@ -255,7 +255,7 @@ fn normalisations() {
     // (22 bits), with 19 harmonics.
     let (online, both, second) = inverse(27 - 5, 26);
     let online = online - 2 * ROWS;
-    let maximum = |bits: u64| bits * N / 8 + 31 * ROWS;
+    let maximum = |bits: u64| bits * N / 8 + 31 * 5 * ROWS / 8;
     for (comparison, rounds, relu, dealt) in [
         (Comparison::Fss, 2, 8 * N + BIT, [352 * N, (352 + 16) * N]),
         (
@@ -276,8 +276,8 @@ fn normalisations() {
                 steps * (2 + rounds) + 5,
                 [narrowed + maximum(22) + 22 * N / 8 + exp + online; 2],
                 [
-                    (steps + 1) * 31 * 128 * ROWS + steps * dealt[0] + both,
-                    (steps + 1) * (32 * N + 31 * 128 * ROWS) + steps * dealt[1] + 19 * 16 * N + both + second,
+                    (steps + 1) * 31 * 80 * ROWS + steps * dealt[0] + both,
+                    (steps + 1) * (20 * N + 31 * 80 * ROWS) + steps * dealt[1] + 19 * 16 * N + both + second,
                 ],
             );
         }

@@ -5,12 +5,12 @@
 //!
 //! 1. Open c = (x - low) + t modulo 2^n, n = scale + log2(w) + 5, t uniform over that modulus. The bucket of x is the
 //!    difference of the top five bits of c and t, or one less. The dealer deals shares of the one-hot vector of -top(t)
-//!    in a small group Z_{2^g} (g = 8 for rows of up to 255, else 16); rotated by top(c) they are shares of the one-hot
+//!    in a small group Z_{2^g} (2^g more than entries of a row); rotated by top(c) they are shares of the one-hot
 //!    vector of the bucket, and summed over the row they count the entries of each bucket.
 //! 2. Open the masked suffix counts; a point function tells which are zero. m = low + w * (highest non-empty bucket).
 //!
 //! Two rounds; n bits an element and 31 g bits a row each way. Dealer: 4 g bytes an element to the second party; 31
-//! point-function keys of g bits a row to both. (Not published elsewhere to our knowledge; built from one-hot tables as
+//! point-function keys of g bits, 16 g bytes each, a row to both. (Not published elsewhere to our knowledge; built from one-hot tables as
 //! in Ishai et al. 2013 and distributed point functions.)
 
 use veiltune_fss::dpf;
@@ -80,11 +80,7 @@ fn shape(x: &Meta) -> Result<(usize, usize, u32)> {
             format!("rows of {row} are longer than {}", u16::MAX),
         ));
     }
-    Ok((
-        row,
-        x.len().checked_div(row).unwrap_or(0),
-        if row < 256 { 8 } else { 16 },
-    ))
+    Ok((row, x.len().checked_div(row).unwrap_or(0), row.max(1).ilog2() + 1))
 }
 
 fn output(x: &Meta) -> Meta {

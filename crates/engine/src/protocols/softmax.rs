@@ -20,7 +20,7 @@
 //! (bound above 248, at most 1984), two of them follow each other, at twice the cost but for the round of finer scores.
 //!
 //! 5 rounds, where published protocols take 41 to 116. Each way 11.4 bytes an element (6 of them for opening p) if s has
-//! 16 fractional bits and bound is 15, and 45 a row (rows of up to 255). Dealer: to the second party 32 bytes an element
+//! 16 fractional bits and bound is 15, and 45 a row (of 128 to 255 entries; the counters in buckets are as long as needed). Dealer: to the second party 32 bytes an element
 //! for the buckets, 16 an element and harmonic (16 harmonics for bound 15), 11 for the product; to both some 5 KB a row.
 //! With values 6 rounds, each way 13.4 bytes a score (8 of them for both openings of p), 8 a value that is not open yet, 8 a result, and 47 a row; dealer 11 an
 //! element and harmonic, 12 a score in place of the product's 11, and some 26 a result. (Truncating what `softmax` gives and multiplying that takes 22.9
@@ -28,7 +28,7 @@
 //!
 //! Error at most 1e-3 for rows of up to 300 entries (the conformance suite), on average below 1e-5. A row's sum adds up the errors
 //! of its small terms, each at most 1e-6: for rows of n entries in the thousands allow up to 3e-6 n. With a bound above 24 the raised scores are equal, and so are their errors: 1e-3
-//! + 1e-5 n is tested. With values, 1e-3 of the largest one, and 5e-3 with a bound above 24.
+//! + 1e-5 n is tested. With values, 1e-3 of the largest one, and 2e-3 with a bound above 24.
 
 use std::sync::Arc;
 
