@@ -25,6 +25,8 @@ use crate::{Error, Owner, Result};
 
 const BUCKET_BITS: u32 = 5;
 const BUCKETS: usize = 1 << BUCKET_BITS;
+/// Scores whose one-hot vectors are dealt at a time: they stay in the cache.
+const BATCH: usize = 1 << 10;
 /// Suffixes that can be empty; the one from bucket 0 never is.
 const SUFFIXES: usize = BUCKETS - 1;
 
@@ -111,12 +113,13 @@ pub(crate) fn offline(o: &Offline, x: &OffTensor, spec: &CoarseMax) -> Result<Of
     let gate = o.gate("coarse_max", format!("{spec:?}").as_bytes());
     o.exchanged("coarse_max", [pack::packed_len(n, bits) as u64; 2]);
     let t = o.small_mask(gate, 0, n, bits);
-    o.deal("coarse_max", (gate, 1), n * BUCKETS, group, || {
-        let mut one_hot = vec![0; n * BUCKETS];
-        for (row, t) in one_hot.chunks_exact_mut(BUCKETS).zip(t.unwrap_or_default()) {
-            row[(t >> shift).wrapping_neg() as usize % BUCKETS] = 1;
+    let t = t.unwrap_or_default();
+    o.deal_many("coarse_max", (gate, 1), (n, BUCKETS, BATCH), group, |range| {
+        let mut one_hot = vec![0; range.len() * BUCKETS];
+        for (entry, t) in one_hot.chunks_exact_mut(BUCKETS).zip(&t[range]) {
+            entry[(t >> shift).wrapping_neg() as usize % BUCKETS] = 1;
         }
-        Ok(one_hot)
+        one_hot
     })?;
     let counts = rows * SUFFIXES;
     o.exchanged("coarse_max", [pack::packed_len(counts, group) as u64; 2]);
@@ -149,15 +152,16 @@ pub(crate) fn online(p: &Online, x: &Share, spec: &CoarseMax) -> Result<Share> {
         .for_each(|m| *m = m.wrapping_sub(offset) & low_bits(bits));
     let c = p.open_words(mine, bits)?;
 
-    let one_hot = take(&mut material.words)?;
-    let mut suffixes = p.small_mask(gate, 2, rows * SUFFIXES, group);
-    for (i, out) in suffixes.chunks_exact_mut(SUFFIXES).enumerate() {
-        let mut counts = [0u64; BUCKETS];
-        for j in i * row..(i + 1) * row {
+    let dealt = take(&mut material.dealt)?;
+    let mut counts = vec![[0u64; BUCKETS]; rows];
+    let mut one_hot = vec![0; BATCH.min(n) * BUCKETS];
+    for start in (0..n).step_by(BATCH) {
+        let one_hot = &mut one_hot[..BATCH.min(n - start) * BUCKETS];
+        dealt.read(start * BUCKETS, one_hot);
+        for (j, entry) in (start..).zip(one_hot.chunks_exact(BUCKETS)) {
             // Entry b of the rotated vector is entry b - top(c) of the dealt one.
-            let (start, end) =
-                one_hot[j * BUCKETS..(j + 1) * BUCKETS].split_at(BUCKETS - (c[j] >> shift) as usize);
-            let (head, tail) = counts.split_at_mut(end.len());
+            let (start, end) = entry.split_at(BUCKETS - (c[j] >> shift) as usize);
+            let (head, tail) = counts[j / row].split_at_mut(end.len());
             head.iter_mut()
                 .zip(end)
                 .for_each(|(a, b)| *a = a.wrapping_add(*b));
@@ -165,6 +169,9 @@ pub(crate) fn online(p: &Online, x: &Share, spec: &CoarseMax) -> Result<Share> {
                 .zip(start)
                 .for_each(|(a, b)| *a = a.wrapping_add(*b));
         }
+    }
+    let mut suffixes = p.small_mask(gate, 2, rows * SUFFIXES, group);
+    for (counts, out) in counts.iter().zip(suffixes.chunks_exact_mut(SUFFIXES)) {
         let mut sum = 0u64;
         for b in (1..BUCKETS).rev() {
             sum = sum.wrapping_add(counts[b]);
