@@ -11,7 +11,7 @@
 //! truncation takes it, which the dealer's sines need fewer bits for; it is opened (1 round), [truncated](super::truncate) to 24
 //! fractional bits, opened again with the sum (1 round), and multiplied by the values. The product is opened with the inverse (1 round),
 //! truncated, and multiplied by it on these openings. A result has 34 fractional bits, 18 of them zero: a linear layer takes it as it is.
-//! Values of more than 26 fractional bits are truncated, but for a few rows of scores, whose softmax is multiplied by the values instead.
+//! Values of more than 26 fractional bits are truncated too.
 //!
 //! Scores of a wider range (bound above 24, at most 248) are first brought into it: less another coarse maximum, those more
 //! than 16 and a bucket below it are raised to there by a [comparison](super::compare) (4 rounds more, 7
@@ -32,7 +32,7 @@
 
 use std::sync::Arc;
 
-use crate::backend::{Backend, SoftmaxSpec};
+use crate::backend::SoftmaxSpec;
 use crate::gates::{Gates, Local, MAX_SCALE, Product, SCALE};
 use crate::lower::{at_most, last_dim};
 use crate::series::Series;
@@ -59,14 +59,6 @@ pub fn softmax<G: Gates>(g: &G, x: &G::T, spec: &SoftmaxSpec) -> Result<G::T> {
 
 /// Softmax of each row of `scores`, times `values`; see the module.
 pub fn attend<G: Gates>(g: &G, scores: &G::T, values: &G::T, spec: &SoftmaxSpec) -> Result<G::T> {
-    let [.., rows, _] = g.meta(scores).dims[..] else {
-        return Err(Error::program("attend", "scores have fewer than two dimensions"));
-    };
-    // Truncating the values first, for a few rows' sake, costs more than it saves.
-    let fine = g.meta(values).scale > MAX_SCALE - EXP_BITS;
-    if fine && 5 * rows < g.meta(values).dims.last().copied().unwrap_or(0) {
-        return g.matmul(&softmax(g, scores, spec)?, values);
-    }
     let exponents = Exponents::of(g, scores, spec)?;
     let size = (1.01 * exponents.width.exp()).log2().ceil() as u32;
     let raised = Form::RaisedRounded { size, bits: EXP_BITS };
