@@ -437,6 +437,13 @@ mod tests {
             let most: f64 = s.cos.iter().chain(&s.sin).map(|c| c.abs()).sum();
             assert!(most < 5.0, "{bound}: {most}");
         }
+        // The noise that dealt values bring along, of coefficients as large as they are.
+        for (bound, width) in [(4.0, 0.5), (15.0, 1.0), (16.0, 2.0), (24.0, 2.0)] {
+            let s = Series::exp_tail(2.0 * bound + width, width).unwrap();
+            let squares: f64 = s.cos.iter().chain(&s.sin).map(|c| c * c).sum();
+            let noise = (squares / 12.0).sqrt() / 2f64.powi(s.dealt_scale as i32);
+            assert!(noise < 1e-5, "{bound}: {noise}");
+        }
         let s = Series::exp_tail(34.0, 1.0).unwrap();
         assert!(s.harmonics() <= 24, "{}", s.harmonics());
         for i in 0..=3500 {

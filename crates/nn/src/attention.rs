@@ -94,7 +94,8 @@ impl AttentionSpec {
         }
     }
 
-    /// What the weights of a row are in proportion to, and the reciprocal of its sum where they are divided by it. Not of softmax.
+    /// What the weights of a row are in proportion to, and the reciprocal of its sum where they are divided by it. Not for softmax, whose
+    /// exponentials are the engine's.
     fn terms<B: Backend>(&self, b: &B, scores: &B::Tensor) -> Result<(B::Tensor, Option<B::Tensor>)> {
         let last = b.dims(scores).len() - 1;
         match *self {

@@ -11,7 +11,7 @@
 //! truncation takes it, which the dealer's sines need fewer bits for; it is opened (1 round), [truncated](super::truncate) to 24
 //! fractional bits, opened again with the sum (1 round), and multiplied by the values. The product is opened with the inverse (1 round),
 //! truncated, and multiplied by it on these openings. A result has 34 fractional bits, 18 of them zero: a linear layer takes it as it is.
-//! Values of more than 26 fractional bits are truncated too.
+//! Values of more than 26 fractional bits are truncated to 16 on their opening too, and what that leaves is opened.
 //!
 //! Scores of a wider range (bound above 24, at most 248) are first brought into it: less another coarse maximum, those more
 //! than 16 and a bucket below it are raised to there by a [comparison](super::compare) (4 rounds more, 7
@@ -23,11 +23,11 @@
 //! 16 fractional bits and bound is 15, and 45 a row (of 128 to 255 entries; the counters in buckets are as long as needed). Dealer: to the second party 32 bytes an element
 //! for the buckets, 16 an element and harmonic (16 harmonics for bound 15), 11 for the product; to both some 5 KB a row.
 //! With values 6 rounds, each way 13.4 bytes a score (8 of them for both openings of p), 8 a value that is not open yet, 8 a result, and 47 a row; dealer 11 an
-//! element and harmonic, 12 a score in place of the product's 11, and some 26 a result. (Truncating what `softmax` gives and multiplying that takes 22.9
+//! element and harmonic, 12 a score in place of the product's 11, and some 33 a result. (Truncating what `softmax` gives and multiplying that takes 22.9
 //! bytes a score.)
 //!
 //! Error at most 1e-3 for rows of up to 300 entries (the conformance suite), on average below 1e-5. A row's sum adds up the errors
-//! of its small terms, each at most 1e-6: for rows of n entries in the thousands allow up to 3e-6 n. With a bound above 24 the raised scores are equal, and so are their errors: 1e-3
+//! of its small terms, each at most 1e-6, and noise of about 1e-5 a term, of either sign: for rows of n entries in the thousands allow up to 3e-6 n. With a bound above 24 the raised scores are equal, and so are their errors: 1e-3
 //! + 1e-5 n is tested. With values, 1e-3 of the largest one, and 2e-3 with a bound above 24.
 
 use std::sync::Arc;
