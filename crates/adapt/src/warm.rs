@@ -162,27 +162,14 @@ impl<F: Fn(&str, &[usize]) -> veiltune_engine::Result<Tensor> + Sync> Ground<'_,
     /// What linear adapters should read and add.
     pub(crate) fn analyse(&self, c: &OwcConfig) -> Result<Analysis> {
         let (d, r, s, classes) = (c.hidden_size, c.rank, c.scope, c.labels.len());
-        let layer_norm = c.norm == NormChoice::Layer;
-        let views = self.pictures.states.views();
-
-        // What each part of the states says, to a linear classifier of all: of each picture the last class token's row, then
-        // the class token's row and the tokens' mean of each state that an adapter reads.
+        let states = self.parts_of_states(c)?;
         let width = (1 + 2 * s) * d;
-        let parts = self.each("reading states", views, |inputs| {
-            let mut parts = vec![class_row(&inputs[s])?];
-            for state in &inputs[..s] {
-                parts.push(class_row(state)?);
-                parts.push(state.mean(1)?);
-            }
-            numbers(&Tensor::cat(&parts, 1)?)
-        })?;
-        let states = parts.concat();
         // What the head's norm will divide a picture's sum of rows by, as far as it is known.
         let divisors: Vec<f32> = states
             .chunks_exact(width)
-            .map(|row| match layer_norm {
-                true => deviation(&sum_of_rows(row, d)),
-                false => 1.0,
+            .map(|row| match c.norm {
+                NormChoice::Layer => deviation(&sum_of_rows(row, d)),
+                NormChoice::Batch => 1.0,
             })
             .collect();
         let features = divided(&states, &divisors);
@@ -190,65 +177,12 @@ impl<F: Fn(&str, &[usize]) -> veiltune_engine::Result<Tensor> + Sync> Ground<'_,
         let logits = fit.logits(&features);
         drop(features);
 
-        // Adapter i reads the sum of the states up to its own, and its result is part of all sums after it: so it is to say what
-        // its state says and the next one's does not. Which directions of its input matter for that?
-        let part = |i: usize| fit.weight.as_ref().subcols(i * d, d);
-        let none = Mat::zeros(classes, d);
-        let mut downs = Vec::new();
-        let mut sums = vec![0.0; states.len() / width * 2 * d];
-        for i in 0..s {
-            for (sum, row) in sums.chunks_exact_mut(2 * d).zip(states.chunks_exact(width)) {
-                let own = &row[(1 + 2 * i) * d..][..2 * d];
-                sum.iter_mut().zip(own).for_each(|(s, v)| *s += v);
-            }
-            let (next_row, next_mean) = match i + 1 < s {
-                true => (part(3 + 2 * i), part(4 + 2 * i)),
-                false => (part(0), none.as_ref()),
-            };
-            let of_row = part(1 + 2 * i) - next_row;
-            let of_mean = part(2 + 2 * i) - next_mean;
-            let (map, mut bias) = directions(&of_row, &of_mean, &sums, r)?;
-            if layer_norm {
-                // A LayerNorm's divisor then changes little from token to token, and is nowhere near zero.
-                for (j, v) in bias.iter_mut().enumerate() {
-                    *v += if j % 2 == 0 { OFFSET } else { -OFFSET };
-                }
-            }
-            downs.push((map, bias));
-        }
-        drop((sums, states));
+        let downs = projections_down(c, &fit, &states)?;
+        drop(states);
 
         // And which function of them, as they come out of the norm before the attention?
-        let tensors = downs.iter().map(|(w, b)| Ok((matrix(w)?, vector(b.clone())?)));
-        let downs: Vec<Down> = tensors.collect::<Result<_>>()?;
-        let parts = self.each("reading what adapters are to see", views, |inputs| {
-            let mut u = inputs[0].clone();
-            let (mut parts, mut gains) = (Vec::new(), Vec::new());
-            for i in 0..s {
-                let z = down(&downs[i], &u)?;
-                let (normal, gain) = match layer_norm {
-                    true => layer_normal(&z)?,
-                    false => (z.clone(), 1.0),
-                };
-                parts.push(class_row(&z)?);
-                parts.push(normal.mean(1)?);
-                gains.push(gain * inputs[0].dim(0)? as f64);
-                u = match i + 1 < s {
-                    true => (u + &inputs[i + 1])?,
-                    false => (class_row(&u)? + class_row(&inputs[s])?)?,
-                };
-            }
-            if layer_norm {
-                u = u.broadcast_sub(&u.mean_keepdim(D::Minus1)?)?;
-            }
-            parts.insert(0, u);
-            Ok((numbers(&Tensor::cat(&parts, 1)?)?, gains))
-        })?;
-        let n = divisors.len() as f64;
-        let gain = |i: usize| parts.iter().map(|(_, gains)| gains[i]).sum::<f64>() / n;
-        let gains: Vec<f64> = (0..s).map(gain).collect();
+        let (features, gains) = self.parts_behind(c, &downs)?;
         let width = d + 2 * r * s;
-        let features: Vec<f32> = parts.into_iter().flat_map(|(rows, _)| rows).collect();
         let (_, variance) = moments(&features, width);
         let features = divided(&features, &divisors);
         // One that says the same, if there is one: one that is fitted to the labels again learns them by heart, since the
@@ -270,114 +204,83 @@ impl<F: Fn(&str, &[usize]) -> veiltune_engine::Result<Tensor> + Sync> Ground<'_,
             gains,
             spread: variance[..d].iter().map(|v| v.sqrt().max(1e-6)).collect(),
             is_constant: (0..s).map(is_constant).collect(),
-            divisor: divisors.iter().map(|v| f64::from(*v)).sum::<f64>() / n,
+            divisor: divisors.iter().map(|v| f64::from(*v)).sum::<f64>() / divisors.len() as f64,
             logits: fit.logits(&features[..self.pictures.which.len() * width]),
             fit,
         })
     }
 
+    /// Of each picture the last class token's row, then the class token's row and the tokens' mean of each state that an adapter
+    /// reads, `[pictures, (1 + 2 scope) d]`; pictures of all views.
+    fn parts_of_states(&self, c: &OwcConfig) -> Result<Vec<f32>> {
+        let views = self.pictures.states.views();
+        let parts = self.each("reading states", views, |inputs| {
+            let mut parts = vec![class_row(&inputs[c.scope])?];
+            for state in &inputs[..c.scope] {
+                parts.push(class_row(state)?);
+                parts.push(state.mean(1)?);
+            }
+            numbers(&Tensor::cat(&parts, 1)?)
+        })?;
+        Ok(parts.concat())
+    }
+
+    /// Of each picture the class token's row in the sum of all states, less its mean for a LayerNorm, then of each adapter the class
+    /// token's row behind the projection down and the tokens' mean behind the norm, `[pictures, d + 2 rank scope]`; and what each
+    /// of these norms multiplies by, on average.
+    fn parts_behind(&self, c: &OwcConfig, downs: &[Down]) -> Result<(Vec<f32>, Vec<f64>)> {
+        let (views, s) = (self.pictures.states.views(), c.scope);
+        let parts = self.each("reading what adapters are to see", views, |inputs| {
+            let mut u = inputs[0].clone();
+            let (mut parts, mut gains) = (Vec::new(), Vec::new());
+            for i in 0..s {
+                let z = down(&downs[i], &u)?;
+                let (normal, gain) = match c.norm {
+                    NormChoice::Layer => layer_normal(&z)?,
+                    NormChoice::Batch => (z.clone(), 1.0),
+                };
+                parts.push(class_row(&z)?);
+                parts.push(normal.mean(1)?);
+                gains.push(gain * inputs[0].dim(0)? as f64);
+                u = match i + 1 < s {
+                    true => (u + &inputs[i + 1])?,
+                    false => (class_row(&u)? + class_row(&inputs[s])?)?,
+                };
+            }
+            if c.norm == NormChoice::Layer {
+                u = u.broadcast_sub(&u.mean_keepdim(D::Minus1)?)?;
+            }
+            parts.insert(0, u);
+            Ok((numbers(&Tensor::cat(&parts, 1)?)?, gains))
+        })?;
+        let n = (views * self.pictures.which.len()) as f64;
+        let gain = |i: usize| parts.iter().map(|(_, gains)| gains[i]).sum::<f64>() / n;
+        let gains = (0..s).map(gain).collect();
+        Ok((parts.into_iter().flat_map(|(rows, _)| rows).collect(), gains))
+    }
+
     /// Adapters, norm and head.
     pub(crate) fn adapters(&self, c: &OwcConfig, analysis: &Analysis) -> Result<Values> {
-        let (d, r, s, classes) = (c.hidden_size, c.rank, c.scope, c.labels.len());
-        let layer_norm = c.norm == NormChoice::Layer;
-        let Analysis {
-            downs,
-            gains,
-            spread,
-            fit,
-            ..
-        } = analysis;
-        // Each adapter's result also passes through those after it, so the last one is solved first. Of what an adapter hands on the
-        // logits are `on_row` times the class token's row and `on_mean` times the tokens' mean.
-        let of_class = fit.weight.as_ref().subcols(0, d).to_owned();
-        let mut on_row = match layer_norm {
-            true => centred(&of_class),
-            false => of_class.clone(),
-        };
-        let mut on_mean = Mat::<f64>::zeros(classes, d);
-        // Of each adapter: up, with the scale, and the attention's projection.
-        let mut solved = Vec::new();
-        for i in (0..s).rev() {
-            let (row, mean) = (d + 2 * i * r, d + (2 * i + 1) * r);
-            let of_mean = fit.weight.as_ref().subcols(mean, r);
-            // The class token is the same in all pictures before the first block. What its row is mapped to is free then, and what
-            // the mean is to be mapped to has to be within reach.
-            let of_row = Mat::from_fn(classes, r, |c, j| match analysis.is_constant[i][j] {
-                true => of_mean[(c, j)],
-                false => fit.weight[(c, row + j)],
-            });
-            // on_row up = of_row
-            let up = preimage(&on_row, spread, &of_row)?;
-            // (on_row + on_mean) up project norm = of_mean norm - on_mean up, where norm is linear, or nearly.
-            let norm = match layer_norm {
-                true => centred(&Mat::<f64>::identity(r, r)) * faer::Scale(gains[i]),
-                false => Mat::identity(r, r),
-            };
-            let both = (&on_row + &on_mean) * &up;
-            let wanted = of_mean * &norm - &on_mean * &up;
-            let project = ridge(both.transpose() * &both)?.solve(both.transpose() * wanted);
-            let project = if layer_norm { centred(&project) } else { project };
-            let weight = double(&downs[i].0)?;
-            let through_row = &on_row * &up * &weight;
-            let through_mean = (&both * &project + &on_mean * &up) * &weight;
-            on_row += through_row;
-            on_mean += through_mean;
-            solved.insert(0, (up, project * faer::Scale(1.0 / gains[i])));
-        }
-
-        let mut values = Values::new();
-        for (i, (up, project)) in solved.iter().enumerate() {
-            let at = format!("adapters.{i}");
-            let block = format!("{at}.block");
-            let qkv = (self.initial)(&format!("{block}.attn.qkv.weight"), &[3 * r, r])?.detach();
-            let identity = Tensor::eye(r, DType::F32, &Device::Cpu)?;
-            let zeros = |dims| Tensor::zeros(dims, DType::F32, &Device::Cpu);
-            values.extend([
-                (format!("{at}.down.weight"), downs[i].0.clone()),
-                (format!("{at}.down.bias"), downs[i].1.clone()),
-                (
-                    format!("{at}.up.weight"),
-                    matrix(&(up * faer::Scale(1.0 / c.scale)))?,
-                ),
-                (
-                    format!("{block}.attn.qkv.weight"),
-                    Tensor::cat(&[qkv.narrow(0, 0, 2 * r)?, identity], 0)?,
-                ),
-                (format!("{block}.attn.mix.weight"), zeros((c.tokens, c.tokens))?),
-                (format!("{block}.attn.proj.weight"), matrix(project)?),
-                (format!("{block}.fc2.weight"), zeros((r, r))?),
-            ]);
-        }
+        let d = c.hidden_size;
+        let solved = analysis.solve(c)?;
+        let mut values = self.as_parameters(c, &analysis.downs, &solved)?;
 
         // What then comes out, and what the norms' averages are.
-        let (averages, mut rows) = self.forward(c, downs, &solved)?;
-        let mut weight = of_class.clone();
-        if layer_norm {
-            // A head's bias would not be divided by the norm as all else is.
-            let (mean, _) = moments(&rows, d);
-            let mean = Mat::from_fn(d, 1, |j, _| mean[j]);
-            let now = centred(&of_class) * mean;
-            let wanted = Mat::from_fn(classes, 1, |c, _| fit.mean[c] * analysis.divisor - now[(c, 0)]);
-            let offset = preimage(&centred(&of_class), spread, &wanted)?;
+        let (averages, mut rows) = self.forward(c, &analysis.downs, &solved)?;
+        let mut weight = analysis.of_class(d);
+        if c.norm == NormChoice::Layer {
+            let offset = analysis.offset(&rows, d)?;
             for row in rows.chunks_exact_mut(d) {
                 (0..d).for_each(|j| row[j] += offset[(j, 0)] as f32);
             }
             let tokens = (self.pictures.which.len(), 1, d);
             rows = numbers(&layer_normal(&Tensor::from_vec(rows, tokens, &Device::Cpu)?)?.0)?;
             let bias = (0..d).map(|j| offset[(j, 0)] / c.scale).collect();
-            values.insert(format!("adapters.{}.up.bias", s - 1), vector(bias)?);
+            values.insert(format!("adapters.{}.up.bias", c.scope - 1), vector(bias)?);
         } else {
-            for (i, ((mean, variance), (_, project))) in averages.into_iter().zip(&solved).enumerate() {
-                // The projection was for a norm that does nothing.
-                let by: Vec<f64> = variance.iter().map(|v| (v + BATCH_NORM_EPS).sqrt()).collect();
-                let bias = (0..r).map(|k| (0..r).map(|j| project[(k, j)] * mean[j]).sum());
-                let bias = vector(bias.collect())?;
-                let project = Mat::from_fn(r, r, |k, j| project[(k, j)] * by[j]);
-                let block = format!("adapters.{i}.block");
-                values.insert(format!("{block}.attn.proj.weight"), matrix(&project)?);
-                values.insert(format!("{block}.attn.proj.bias"), bias);
-                values.insert(format!("{block}.norm1.running_mean"), vector(mean)?);
-                values.insert(format!("{block}.norm1.running_var"), vector(variance)?);
+            for (i, (moments, own)) in averages.into_iter().zip(&solved).enumerate() {
+                let norm = own.behind_batch_norm(moments)?;
+                values.extend(norm.map(|(name, value)| (format!("adapters.{i}.block.{name}"), value)));
             }
             let (norm, deviations) = batch_normalise(&mut rows, d)?;
             for (j, by) in deviations.iter().enumerate() {
@@ -388,25 +291,47 @@ impl<F: Fn(&str, &[usize]) -> veiltune_engine::Result<Tensor> + Sync> Ground<'_,
 
         // The head on that: as sharp as the analysis, and right on average.
         let rows = MatRef::from_row_major_slice(&rows, self.pictures.which.len(), d);
-        let logits = Mat::from_fn(classes, d, |c, j| weight[(c, j)] as f32) * rows.transpose();
+        let logits = Mat::from_fn(c.labels.len(), d, |c, j| weight[(c, j)] as f32) * rows.transpose();
         let (factor, bias) = regression(&logits, &analysis.logits);
         values.insert("head.weight".into(), matrix(&(weight * faer::Scale(factor)))?);
         values.insert("head.bias".into(), vector(bias)?);
         Ok(values)
     }
 
+    /// Adapters of these projections, whose attentions are means of the tokens and whose feed-forward parts add nothing.
+    fn as_parameters(&self, c: &OwcConfig, downs: &[Down], solved: &[Solved]) -> Result<Values> {
+        let r = c.rank;
+        let zeros = |dims| Tensor::zeros(dims, DType::F32, &Device::Cpu);
+        let mut values = Values::new();
+        for (i, (Solved { up, project }, (down, bias))) in solved.iter().zip(downs).enumerate() {
+            let at = format!("adapters.{i}");
+            let block = format!("{at}.block");
+            let qkv = (self.initial)(&format!("{block}.attn.qkv.weight"), &[3 * r, r])?.detach();
+            let identity = Tensor::eye(r, DType::F32, &Device::Cpu)?;
+            let qkv = Tensor::cat(&[qkv.narrow(0, 0, 2 * r)?, identity], 0)?;
+            values.extend([
+                (format!("{at}.down.weight"), down.clone()),
+                (format!("{at}.down.bias"), bias.clone()),
+                (
+                    format!("{at}.up.weight"),
+                    matrix(&(up * faer::Scale(1.0 / c.scale)))?,
+                ),
+                (format!("{block}.attn.qkv.weight"), qkv),
+                (format!("{block}.attn.mix.weight"), zeros((c.tokens, c.tokens))?),
+                (format!("{block}.attn.proj.weight"), matrix(project)?),
+                (format!("{block}.fc2.weight"), zeros((r, r))?),
+            ]);
+        }
+        Ok(values)
+    }
+
     /// Mean and variance, over all tokens, of what each projection down gives, and the class token's row before the head's norm,
     /// picture after picture; for a batch norm with projections as if norms before attentions did nothing.
-    fn forward(
-        &self,
-        c: &OwcConfig,
-        downs: &[Down],
-        solved: &[(Mat<f64>, Mat<f64>)],
-    ) -> Result<(Vec<Moments>, Vec<f32>)> {
+    fn forward(&self, c: &OwcConfig, downs: &[Down], solved: &[Solved]) -> Result<(Vec<Moments>, Vec<f32>)> {
         let (d, r) = (c.hidden_size, c.rank);
         let tensors = solved
             .iter()
-            .map(|(up, project)| Ok((matrix(up)?.t()?, matrix(project)?.t()?)));
+            .map(|Solved { up, project }| Ok((matrix(up)?.t()?, matrix(project)?.t()?)));
         let tensors: Vec<(Tensor, Tensor)> = tensors.collect::<Result<_>>()?;
         let passes = self.each("running the adapters", 1, |inputs| {
             let mut u = inputs[0].clone();
@@ -452,6 +377,130 @@ impl<F: Fn(&str, &[usize]) -> veiltune_engine::Result<Tensor> + Sync> Ground<'_,
     }
 }
 
+impl Analysis {
+    /// What the classifier makes of the class token's row, `[classes, d]`.
+    fn of_class(&self, d: usize) -> Mat<f64> {
+        self.fit.weight.as_ref().subcols(0, d).to_owned()
+    }
+
+    /// Adapters whose results the head, on the class token's row alone, makes what the classifier makes of their parts.
+    fn solve(&self, c: &OwcConfig) -> Result<Vec<Solved>> {
+        let (d, r, s) = (c.hidden_size, c.rank, c.scope);
+        let layer_norm = c.norm == NormChoice::Layer;
+        let weight = self.fit.weight.as_ref();
+        // Each adapter's result also passes through those after it, so the last one is solved first. Of what an adapter hands on the
+        // logits are `on_row` times the class token's row and `on_mean` times the tokens' mean.
+        let of_class = self.of_class(d);
+        let mut on_row = if layer_norm { centred(&of_class) } else { of_class };
+        let mut on_mean = Mat::<f64>::zeros(on_row.nrows(), d);
+        let mut solved = Vec::new();
+        for i in (0..s).rev() {
+            let (row, mean) = (d + 2 * i * r, d + (2 * i + 1) * r);
+            let of_mean = weight.subcols(mean, r);
+            // The class token is the same in all pictures before the first block. What its row is mapped to is free then, and what
+            // the mean is to be mapped to has to be within reach.
+            let of_row = Mat::from_fn(on_row.nrows(), r, |c, j| match self.is_constant[i][j] {
+                true => of_mean[(c, j)],
+                false => weight[(c, row + j)],
+            });
+            // on_row up = of_row
+            let up = preimage(&on_row, &self.spread, &of_row)?;
+            // (on_row + on_mean) up project norm = of_mean norm - on_mean up, where norm is linear, or nearly.
+            let norm = match layer_norm {
+                true => centred(&Mat::<f64>::identity(r, r)) * faer::Scale(self.gains[i]),
+                false => Mat::identity(r, r),
+            };
+            let both = (&on_row + &on_mean) * &up;
+            let wanted = of_mean * &norm - &on_mean * &up;
+            let project = ridge(both.transpose() * &both)?.solve(both.transpose() * wanted);
+            let project = if layer_norm { centred(&project) } else { project };
+            let down = double(&self.downs[i].0)?;
+            let through_row = &on_row * &up * &down;
+            let through_mean = (&both * &project + &on_mean * &up) * &down;
+            on_row += through_row;
+            on_mean += through_mean;
+            solved.push(Solved {
+                up,
+                project: project * faer::Scale(1.0 / self.gains[i]),
+            });
+        }
+        solved.reverse();
+        Ok(solved)
+    }
+
+    /// What to add to `rows [pictures, d]` before the head's LayerNorm, so that logits are right on average: a head's bias would not be
+    /// divided by the norm as all else is.
+    fn offset(&self, rows: &[f32], d: usize) -> Result<Mat<f64>> {
+        let map = centred(&self.of_class(d));
+        let (mean, _) = moments(rows, d);
+        let now = &map * Mat::from_fn(d, 1, |j, _| mean[j]);
+        let wanted = Mat::from_fn(map.nrows(), 1, |c, _| {
+            self.fit.mean[c] * self.divisor - now[(c, 0)]
+        });
+        preimage(&map, &self.spread, &wanted)
+    }
+}
+
+/// What an adapter adds: its projection up `[d, rank]`, times the scale, and its attention's `[rank, rank]`, for a norm before the
+/// attention that does nothing, or of which only the average gain is known.
+struct Solved {
+    up: Mat<f64>,
+    project: Mat<f64>,
+}
+
+impl Solved {
+    /// The attention's projection behind a batch norm of these averages, and that norm.
+    fn behind_batch_norm(&self, (mean, variance): Moments) -> Result<[(&'static str, Tensor); 4]> {
+        let r = mean.len();
+        let project = &self.project;
+        let by: Vec<f64> = variance.iter().map(|v| (v + BATCH_NORM_EPS).sqrt()).collect();
+        let bias = (0..r).map(|k| (0..r).map(|j| project[(k, j)] * mean[j]).sum());
+        let bias = vector(bias.collect())?;
+        let project = Mat::from_fn(r, r, |k, j| project[(k, j)] * by[j]);
+        Ok([
+            ("attn.proj.weight", matrix(&project)?),
+            ("attn.proj.bias", bias),
+            ("norm1.running_mean", vector(mean)?),
+            ("norm1.running_var", vector(variance)?),
+        ])
+    }
+}
+
+/// Which directions of its input each adapter should read, for a classifier `fit` of the parts of `states` (see
+/// [`Ground::parts_of_states`]).
+///
+/// Adapter i reads the sum of the states up to its own, and its result is part of all sums after it: so it is to say what its state
+/// says and the next one's does not.
+fn projections_down(c: &OwcConfig, fit: &Discriminant, states: &[f32]) -> Result<Vec<Down>> {
+    let (d, s) = (c.hidden_size, c.scope);
+    let width = (1 + 2 * s) * d;
+    let part = |i: usize| fit.weight.as_ref().subcols(i * d, d);
+    let none = Mat::zeros(c.labels.len(), d);
+    let mut downs = Vec::new();
+    let mut sums = vec![0.0; states.len() / width * 2 * d];
+    for i in 0..s {
+        for (sum, row) in sums.chunks_exact_mut(2 * d).zip(states.chunks_exact(width)) {
+            let own = &row[(1 + 2 * i) * d..][..2 * d];
+            sum.iter_mut().zip(own).for_each(|(s, v)| *s += v);
+        }
+        let (next_row, next_mean) = match i + 1 < s {
+            true => (part(3 + 2 * i), part(4 + 2 * i)),
+            false => (part(0), none.as_ref()),
+        };
+        let of_row = part(1 + 2 * i) - next_row;
+        let of_mean = part(2 + 2 * i) - next_mean;
+        let (map, mut bias) = directions(&of_row, &of_mean, &sums, c.rank)?;
+        if c.norm == NormChoice::Layer {
+            // A LayerNorm's divisor then changes little from token to token, and is nowhere near zero.
+            for (j, v) in bias.iter_mut().enumerate() {
+                *v += if j % 2 == 0 { OFFSET } else { -OFFSET };
+            }
+        }
+        downs.push((matrix(&map)?, vector(bias)?));
+    }
+    Ok(downs)
+}
+
 /// Whether its attentions start as means of the tokens, and its inputs have room for the rank.
 fn is_linear(c: &OwcConfig) -> bool {
     let is_mean = |i| c.attention_of(i) == AttentionSpec::LinAtten;
@@ -477,7 +526,7 @@ fn class_row(state: &Tensor) -> candle_core::Result<Tensor> {
     state.narrow(1, 0, 1)?.squeeze(1)
 }
 
-/// Of a picture's parts, see [`Ground::adapters`], the sum of the class token's rows.
+/// Of a picture's parts, see [`Ground::parts_of_states`], the sum of the class token's rows.
 fn sum_of_rows(parts: &[f32], d: usize) -> Vec<f32> {
     let rows = parts.chunks_exact(d).enumerate();
     let rows = rows.filter(|(i, _)| *i == 0 || i % 2 == 1);
