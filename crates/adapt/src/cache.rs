@@ -376,7 +376,8 @@ impl States {
         digest.update(request.examples.fingerprint());
         let digest = hex(&digest.finalize()[..16]);
         let dir = request.dir.join(&digest);
-        fs::create_dir_all(&dir).map_err(Error::io(&dir))?;
+        // Hidden states show what pictures and texts are like.
+        files::private_folder(&dir)?;
         let mut filling = Filling::open(request, dir.clone(), items.clone())?;
         if (0..request.views).any(|view| !filling.missing(view).is_empty()) {
             // A process that fills the folder has it alone; what is whole others may read meanwhile.

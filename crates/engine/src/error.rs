@@ -54,6 +54,20 @@ pub enum Error {
 }
 
 impl Error {
+    /// What the other roles are told of it: enough to know who has to act, and nothing of this side's files and values.
+    pub fn for_peer(&self) -> String {
+        match self {
+            Error::Wire(wire) => wire.for_peer(),
+            Error::Parameter { source, .. } => match &**source {
+                Error::Wire(wire) => wire.for_peer(),
+                _ => "a file of its own cannot be used".into(),
+            },
+            Error::File(_) => "a file of its own cannot be used".into(),
+            Error::Stopped(phase) => format!("{phase} failed there"),
+            _ => "its computation failed".into(),
+        }
+    }
+
     /// An [`Error::Program`].
     pub fn program(op: &'static str, detail: impl Into<String>) -> Self {
         Error::Program {

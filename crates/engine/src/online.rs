@@ -622,10 +622,14 @@ impl Gates for Online {
 
     fn sum_of(&self, a: &Share, b: &Share, subtract: bool) -> Result<Share> {
         let meta = gates::sum_meta(&a.0.meta, &b.0.meta)?;
-        let (x, y) = match meta.owner {
-            Owner::Public => (a.0.share.clone(), b.0.share.clone()),
-            _ => (self.share(a), self.share(b)),
+        let part = |x: &Share| match (meta.owner, x.0.meta.owner) {
+            (Owner::Public, _) => x.0.share.clone(),
+            // What is public belongs to whoever has the rest.
+            (Owner::Party(p), Owner::Public) if p == self.party => x.0.share.clone(),
+            (Owner::Party(_), Owner::Public) => None,
+            _ => self.share(x),
         };
+        let (x, y) = (part(a), part(b));
         let sum = match (x, y) {
             (None, None) => None,
             (x, y) => {

@@ -144,7 +144,7 @@ pub fn serve_material<P: Program>(
         let sinks = links.clone().map(|l| Box::new(LinkSink::new(l)) as Box<dyn Sink>);
         deal(program, passes, seeds, sinks, progress)
     };
-    run().inspect_err(|e| links.iter().for_each(|l| l.abort(&e.to_string())))
+    run().inspect_err(|e| links.iter().for_each(|l| l.abort(&e.for_peer())))
 }
 
 /// A compute party's end of a session.
@@ -215,7 +215,7 @@ impl PartySession {
             MaterialFrom::Dealer(link) => {
                 let mut seed = [0; 16];
                 link.recv(&mut seed)
-                    .inspect_err(|e| [&peer, &link].iter().for_each(|l| l.abort(&e.to_string())))?;
+                    .inspect_err(|e| [&peer, &link].iter().for_each(|l| l.abort(&e.for_peer())))?;
                 (
                     Some(link.clone()),
                     Seed::from_bytes(seed),
@@ -331,7 +331,7 @@ impl Failure {
         let mut first = self.first.lock().unwrap_or_else(|e| e.into_inner());
         if first.as_ref().is_none_or(|f| matches!(f, Error::Stopped(_))) {
             if !matches!(e, Error::Stopped(_)) {
-                self.links.iter().flatten().for_each(|l| l.abort(&e.to_string()));
+                self.links.iter().flatten().for_each(|l| l.abort(&e.for_peer()));
             }
             *first = Some(e);
         }

@@ -92,6 +92,8 @@ mod tests {
 
     #[test]
     fn an_artefact_reads_back() {
+        #[cfg(unix)]
+        use std::os::unix::fs::PermissionsExt;
         let dir = tempfile::tempdir().unwrap();
         let config = AdapterConfig {
             base_model_name_or_path: "tiny".into(),
@@ -111,6 +113,15 @@ mod tests {
             },
         )]);
         write(dir.path(), &config, &tensors, Precision::F32).unwrap();
+        // Weights are their user's alone, the configuration is for everybody.
+        #[cfg(unix)]
+        for (name, others) in [(MODEL_FILE, 0), (CONFIG_FILE, 0o044)] {
+            let mode = std::fs::metadata(dir.path().join(name))
+                .unwrap()
+                .permissions()
+                .mode();
+            assert_eq!(mode & 0o077, others, "{name}");
+        }
         let (back, weights) = read(dir.path()).unwrap();
         assert_eq!((back, weights.arrays().unwrap()), (config, tensors));
         std::fs::write(dir.path().join(CONFIG_FILE), "{}").unwrap();

@@ -34,19 +34,42 @@ pub fn read(path: &Path, limit: u64) -> Result<Vec<u8>> {
     }
 }
 
-/// Writes a file so that at any moment either the old or the complete new content is there, whatever fails: a full disk,
-/// or a process that is killed.
-pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
-    write_atomic_with(path, |out| out.write_all(bytes))
+/// Who may read what is written.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Readers {
+    Everybody,
+    OwnUser,
 }
 
-/// As [`write_atomic`], for content that `fill` writes piece by piece. If that fails, nothing stays behind.
-pub fn write_atomic_with(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
-    let dir = path
-        .parent()
-        .filter(|p| !p.as_os_str().is_empty())
-        .unwrap_or(Path::new("."));
-    fs::create_dir_all(dir).map_err(Error::io(dir))?;
+/// Writes a file that everybody may read, so that at any moment either the old or the complete new content is there, whatever
+/// fails: a full disk, or a process that is killed.
+pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
+    replace(path, Readers::Everybody, |out| out.write_all(bytes))
+}
+
+/// As [`write_atomic`], a file that only its user may read, as that user's folders are that have to be made for it.
+pub fn write_private(path: &Path, bytes: &[u8]) -> Result<()> {
+    replace(path, Readers::OwnUser, |out| out.write_all(bytes))
+}
+
+/// Makes a folder that only its user may enter, with those around it; what is there stays as it is.
+pub fn private_folder(path: &Path) -> Result<()> {
+    let mut builder = fs::DirBuilder::new();
+    builder.recursive(true);
+    #[cfg(unix)]
+    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+    builder.create(path).map_err(Error::io(path))
+}
+
+/// Content that `fill` writes piece by piece. If that fails, nothing stays behind.
+fn replace(path: &Path, readers: Readers, fill: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
+    let parent = path.parent().filter(|p| !p.as_os_str().is_empty());
+    let dir = parent.unwrap_or(Path::new("."));
+    match readers {
+        Readers::Everybody => fs::create_dir_all(dir).map_err(Error::io(dir))?,
+        Readers::OwnUser => private_folder(dir)?,
+    }
+    // Temporary files are their user's alone.
     let mut file = tempfile::Builder::new()
         .prefix(".partial-")
         .tempfile_in(dir)
@@ -54,20 +77,13 @@ pub fn write_atomic_with(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::R
     fill(&mut file)
         .and_then(|()| file.as_file().sync_all())
         .map_err(Error::io(path))?;
-    readable(file.as_file()).map_err(Error::io(path))?;
+    #[cfg(unix)]
+    if readers == Readers::Everybody {
+        use std::os::unix::fs::PermissionsExt;
+        let mode = fs::Permissions::from_mode(0o644);
+        file.as_file().set_permissions(mode).map_err(Error::io(path))?;
+    }
     file.persist(path).map_err(|e| Error::io(path)(e.error))?;
-    Ok(())
-}
-
-/// Temporary files are private to their user; what is published is not.
-#[cfg(unix)]
-fn readable(file: &File) -> io::Result<()> {
-    use std::os::unix::fs::PermissionsExt;
-    file.set_permissions(fs::Permissions::from_mode(0o644))
-}
-
-#[cfg(not(unix))]
-fn readable(_: &File) -> io::Result<()> {
     Ok(())
 }
 
@@ -119,13 +135,35 @@ mod tests {
             let entries = fs::read_dir(dir.path()).unwrap();
             entries.map(|e| e.unwrap().file_name()).collect()
         };
-        let text = write_atomic_with(&path, fill).unwrap_err().to_string();
+        let text = replace(&path, Readers::Everybody, fill).unwrap_err().to_string();
         assert!(text.contains("weights"), "{text}");
         assert!(names().is_empty());
         write_atomic(&path, b"old").unwrap();
-        assert!(write_atomic_with(&path, fill).is_err());
+        assert!(replace(&path, Readers::OwnUser, fill).is_err());
         assert_eq!(names(), ["weights"]);
         assert_eq!(read(&path, 10).unwrap(), b"old");
+    }
+
+    #[test]
+    #[cfg(unix)]
+    fn what_is_private_is_its_users_alone() {
+        use std::os::unix::fs::PermissionsExt;
+        let others = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o077;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("deep/er/weights");
+        write_private(&path, b"old").unwrap();
+        write_private(&path, b"new").unwrap();
+        assert_eq!(read(&path, 3).unwrap(), b"new");
+        assert_eq!(others(&path), 0);
+        assert_eq!(others(path.parent().unwrap()), 0);
+        // Beside it, what everybody may read; and what was open becomes private.
+        let open = dir.path().join("open");
+        write_atomic(&open, b"").unwrap();
+        assert_ne!(others(&open), 0);
+        write_private(&open, b"").unwrap();
+        assert_eq!(others(&open), 0);
+        let error = write_private(dir.path(), b"x").unwrap_err().to_string();
+        assert!(error.contains(&*dir.path().to_string_lossy()), "{error}");
     }
 
     #[test]

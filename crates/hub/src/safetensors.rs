@@ -230,7 +230,7 @@ fn matrix(shape: &[usize]) -> Option<Vec<usize>> {
     Some(vec![first, rest])
 }
 
-/// Writes arrays as one safetensors file, atomically.
+/// Writes arrays as one safetensors file, atomically; what was trained may say what it was trained on, so only its user may read it.
 pub fn write(path: &Path, tensors: &Tensors, precision: Precision) -> Result<()> {
     let file = path.to_string_lossy();
     let mut encoded = Vec::with_capacity(tensors.len());
@@ -266,7 +266,7 @@ pub fn write(path: &Path, tensors: &Tensors, precision: Precision) -> Result<()>
     let bytes = views
         .and_then(|v| safetensors::serialize(v, None))
         .map_err(|e| Error::corrupt(file, e))?;
-    files::write_atomic(path, &bytes)
+    files::write_private(path, &bytes)
 }
 
 #[cfg(test)]

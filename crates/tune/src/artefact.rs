@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use veiltune_hub::{AdapterConfig, Array, Precision, Tensors, adapter};
 
-use crate::{Error, Family, Prompt, Result, Slot, Task, private};
+use crate::{Error, Family, Prompt, Result, Slot, Task};
 
 /// PEFT's name for the method.
 const PEFT_TYPE: &str = "PROMPT_TUNING";
@@ -98,7 +98,6 @@ impl Artefact {
         if let Some(detail) = self.unfit() {
             return Err(Error::Settings(detail));
         }
-        private::folder(dir)?;
         let config = AdapterConfig {
             base_model_name_or_path: self.base_model.clone(),
             base_model_sha256: self.base_model_sha256.clone(),

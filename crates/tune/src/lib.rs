@@ -17,7 +17,6 @@ mod error;
 mod linear;
 mod loss;
 pub mod plot;
-mod private;
 mod projection;
 mod prompting;
 mod shots;

@@ -11,13 +11,13 @@ use std::sync::{Mutex, PoisonError};
 use clap::Args;
 use serde::Serialize;
 use veiltune_engine::{Comparison, Error as EngineError};
-use veiltune_hub::AdapterConfig;
+use veiltune_hub::{AdapterConfig, files};
 use veiltune_nn::Method;
 use veiltune_nn::load::Served;
 use veiltune_wire::pki::{Authority, Credentials, VALIDITY};
 use veiltune_wire::{Error as WireError, Identity, Network};
 
-use crate::deal::{self, Manifest, private_directory};
+use crate::deal::{self, Manifest};
 use crate::events::{Classified, Event, Measured};
 use crate::inputs::{self, Items};
 use crate::prepare::Preparation;
@@ -245,7 +245,7 @@ pub fn keys(args: &KeysArgs) -> Result<()> {
     );
     for (name, identity, command) in roles {
         let folder = args.out.join(name);
-        private_directory(&folder).map_err(Error::io(format!("making {}", folder.display())))?;
+        files::private_folder(&folder)?;
         authority.issue(&identity)?.save(&folder)?;
         text += &format!(
             "{}: to the machine that runs `veiltune {command}`\n",

@@ -113,7 +113,8 @@ pub fn run(args: &DealArgs) -> Result<()> {
         source: std::io::Error::other(e),
     })?;
 
-    private_directory(&args.out).map_err(Error::io(format!("making {}", args.out.display())))?;
+    // Material is secret.
+    files::private_folder(&args.out)?;
     let seeds = [random()?, random()?];
     let mut paths = Vec::new();
     let deal_id = DealId::random()?;
@@ -171,13 +172,4 @@ pub fn run(args: &DealArgs) -> Result<()> {
 
 fn random() -> Result<Seed> {
     Ok(Seed::random().map_err(EngineError::from)?)
-}
-
-/// Material is secret: a new directory is for its owner alone.
-pub fn private_directory(path: &Path) -> std::io::Result<()> {
-    let mut builder = std::fs::DirBuilder::new();
-    builder.recursive(true);
-    #[cfg(unix)]
-    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
-    builder.create(path)
 }

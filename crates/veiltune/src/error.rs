@@ -99,22 +99,10 @@ impl Error {
     /// What the other roles are told of it: enough to know who has to act, and nothing of this machine's files and addresses,
     /// which only this side's own message names.
     pub fn for_peer(&self) -> String {
-        use veiltune_engine::Error as Engine;
-        use veiltune_wire::Error as Wire;
         match self {
             Error::Refused(text) => text.clone(),
-            Error::Wire(wire) | Error::Engine(Engine::Wire(wire)) => match wire {
-                Wire::Unreachable { peer, .. } => format!("it cannot reach {peer}"),
-                Wire::NobodyCame { expected, .. } => format!("{expected} did not call it"),
-                Wire::Io { .. } => "its system failed it".into(),
-                Wire::BadFile { .. } | Wire::Certificate(_) => "its certificates cannot be used".into(),
-                wire => wire.to_string(),
-            },
-            Error::Engine(Engine::File(_) | Engine::Parameter { .. }) => {
-                "a file of its own cannot be used".into()
-            }
-            Error::Engine(Engine::Stopped(phase)) => format!("{phase} failed there"),
-            Error::Engine(_) => "its computation failed".into(),
+            Error::Wire(wire) => wire.for_peer(),
+            Error::Engine(engine) => engine.for_peer(),
             Error::Input(_) | Error::Model(_) | Error::Hub(_) => {
                 "something that it was given cannot be used".into()
             }

@@ -14,7 +14,7 @@ use sha2::{Digest, Sha256};
 use veiltune_adapt::cache::Source as HiddenStates;
 use veiltune_engine::material::{DealId, FileSource, Label, Source};
 use veiltune_engine::session::{MaterialFrom, PartySession, Plan, Report};
-use veiltune_engine::{Comparison, Error as EngineError, Party, Result as EngineResult};
+use veiltune_engine::{Comparison, Party, Result as EngineResult};
 use veiltune_hub::AdapterConfig;
 use veiltune_nn::Method;
 use veiltune_nn::load::Served;
@@ -425,7 +425,7 @@ pub fn check_backbone(
     }
 }
 
-fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
@@ -449,11 +449,7 @@ struct Counted {
 impl Source for Counted {
     fn take(&mut self, buf: &mut [u8]) -> EngineResult<()> {
         self.taken.fetch_add(buf.len() as u64, Relaxed);
-        self.source.take(buf).map_err(|e| {
-            // The peer is told what ends a session, but no names of files.
-            tracing::error!("{e}");
-            EngineError::File("the material could not be read".into())
-        })
+        self.source.take(buf)
     }
 
     fn deal(&self) -> DealId {

@@ -39,7 +39,7 @@ fn the_demonstration_tunes_on_five_processes() {
 fn tuning_in_the_clear_in_both_arithmetics_and_going_on() {
     let dir = tempfile::tempdir().expect("a folder");
     let (model, task, data) = (assets(""), assets("task.json"), assets("shots.tsv"));
-    let run = |arithmetic: &str, budget: &str, out: &str, more: &[&str]| {
+    let start = |arithmetic: &str, budget: &str, out: &str, more: &[&str]| {
         let out = dir.path().join(out);
         let mut args = vec![
             "tune",
@@ -70,7 +70,11 @@ fn tuning_in_the_clear_in_both_arithmetics_and_going_on() {
             "--json",
         ];
         args.extend(more);
-        let output = veiltune(&args);
+        veiltune(&args)
+    };
+    let run = |arithmetic: &str, budget: &str, out: &str, more: &[&str]| {
+        let output = start(arithmetic, budget, out, more);
+        let out = dir.path().join(out);
         assert!(
             output.status.success(),
             "{}",
@@ -97,6 +101,16 @@ fn tuning_in_the_clear_in_both_arithmetics_and_going_on() {
     let prompt = |name: &str| {
         std::fs::read(dir.path().join(name).join("adapter_model.safetensors")).expect("a prompt")
     };
+    assert_eq!(prompt("steps"), prompt("float"));
+    // But not with other texts, or from another prompt.
+    for more in [["--validation-shots", "3"], ["--initial-text", "other words"]] {
+        let output = start("float", "24", "steps", &more);
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(
+            !output.status.success() && error.contains("another folder"),
+            "{error}"
+        );
+    }
     assert_eq!(prompt("steps"), prompt("float"));
 
     // A prompt that stands for itself; and what a linear classifier makes of the same texts.

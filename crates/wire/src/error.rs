@@ -272,6 +272,17 @@ pub enum Error {
 }
 
 impl Error {
+    /// What the peers are told of it: nothing of this machine's files and addresses, which only this side's own message names.
+    pub fn for_peer(&self) -> String {
+        match self {
+            Error::Unreachable { peer, .. } => format!("it cannot reach {peer}"),
+            Error::NobodyCame { expected, .. } => format!("{expected} did not call it"),
+            Error::Io { .. } => "its system failed it".into(),
+            Error::BadFile { .. } | Error::Certificate(_) => "its certificates cannot be used".into(),
+            other => other.to_string(),
+        }
+    }
+
     pub(crate) fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> Error {
         move |source| Error::Io {
             what: what.into(),

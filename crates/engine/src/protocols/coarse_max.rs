@@ -41,7 +41,8 @@ pub struct CoarseMax {
 
 impl CoarseMax {
     /// For |score| <= bound: the finest power-of-two width with which 31 buckets hold the range (the last of 32 stays
-    /// free, because a bucket can come out one too high).
+    /// free, because a bucket can come out one too high). Where 31 buckets are the range exactly, at 15.5 times a power of two, the
+    /// bound itself is not in it; calibrated bounds have a margin.
     pub fn for_bound(bound: f64) -> CoarseMax {
         CoarseMax {
             low: -bound,

@@ -26,6 +26,9 @@ pub enum Op {
     Mul,
     Add,
     Sub,
+    /// Of three operands, of which two may give the sum its owner.
+    SumTimes,
+    ReluOfSum,
     Square,
     Cube,
     Scale(f64),
@@ -67,6 +70,7 @@ impl Op {
     fn comparisons(self) -> &'static [Comparison] {
         match self {
             Op::Relu
+            | Op::ReluOfSum
             | Op::ReluOfProduct
             | Op::ReluOfFineProduct
             | Op::Argmax
@@ -165,6 +169,8 @@ impl OpProgram<'_> {
             Op::Mul => b.mul(&xs[0], &xs[1])?,
             Op::Add => b.add(&xs[0], &xs[1])?,
             Op::Sub => b.sub(&xs[0], &xs[1])?,
+            Op::SumTimes => b.mul(&b.add(&xs[0], &xs[1])?, &b.sub(&xs[2], &xs[1])?)?,
+            Op::ReluOfSum => b.relu(&b.add(&xs[0], &xs[1])?)?,
             Op::Square => b.mul(&xs[0], &xs[0])?,
             Op::Cube => b.mul(&b.mul(&xs[0], &xs[0])?, &xs[0])?,
             Op::Scale(c) => b.scale(&xs[0], c)?,

@@ -59,12 +59,14 @@ proptest! {
     }
 
     #[test]
-    fn elementwise(dims in prop::collection::vec(1usize..5, 1..4), a in who(), b in who(), seed: u64) {
+    fn elementwise(dims in prop::collection::vec(1usize..5, 1..4), a in who(), b in who(), c in who(), seed: u64) {
         let x = Case::input(a, &dims, uniform(seed, 30.0));
         let y = Case::input(b, &dims[dims.len() - 1..], uniform(seed + 1, 30.0));
-        for op in [Op::Mul, Op::Add, Op::Sub] {
+        for op in [Op::Mul, Op::Add, Op::Sub, Op::ReluOfSum] {
             check(op, &[x.clone(), y.clone()], 62.0 * ULP)?;
         }
+        let z = Case::input(c, &dims, uniform(seed + 2, 30.0));
+        check(Op::SumTimes, &[x.clone(), y, z], 242.0 * ULP)?;
         check(Op::Square, std::slice::from_ref(&x), 62.0 * ULP)?;
         for c in [0.125, -2.0, 0.3, -1e-3, 0.0, 77.7] {
             check(Op::Scale(c), std::slice::from_ref(&x), ULP * (c.abs() + 1.0) + 30.0 * c.abs() / 32768.0)?;

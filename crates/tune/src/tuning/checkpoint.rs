@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use veiltune_hub::files;
 
 use super::{Settings, State};
-use crate::{Error, Result, private};
+use crate::{Error, Result};
 
 /// Goes up when a state means something else.
 const VERSION: u32 = 1;
@@ -104,7 +104,7 @@ impl File {
             state,
         };
         let bytes = serde_json::to_vec(&written).map_err(|e| self.refuse(e.to_string()))?;
-        private::write(&self.path, &bytes)
+        Ok(files::write_private(&self.path, &bytes)?)
     }
 
     fn parse<'de, T: Deserialize<'de>>(&self, bytes: &'de [u8]) -> Result<T> {

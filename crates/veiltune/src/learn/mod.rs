@@ -495,9 +495,9 @@ pub fn check_adapter(dir: &Path, state: &Path) -> Result<()> {
     }
 }
 
-/// Makes a folder below the one that --out names, or that one.
+/// Makes a folder below the one that --out names, or that one; what is learned from private data is its user's alone.
 pub fn make(dir: &Path) -> Result<()> {
-    std::fs::create_dir_all(dir).map_err(of_out(dir))
+    files::private_folder(dir).map_err(|e| Error::Input(format!("{e}; {WRITABLE}")))
 }
 
 /// Writes a file below the folder that --out names, whole or not at all.
@@ -515,10 +515,6 @@ pub fn write_adapter(dir: &Path, classifier: &Classifier) -> Result<()> {
     classifier
         .write(dir)
         .map_err(|e| Error::Input(format!("{e}; {WRITABLE}")))
-}
-
-fn of_out(path: &Path) -> impl FnOnce(std::io::Error) -> Error {
-    move |e| Error::Input(format!("{}: {e}; {WRITABLE}", path.display()))
 }
 
 const WRITABLE: &str = "give a folder with room that can be written to --out, and run the same command again";

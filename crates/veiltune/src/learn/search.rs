@@ -11,7 +11,7 @@ use veiltune_adapt::search::{
     self, Candidate, Comparison, Evaluate, Goal, Latencies, Outcome, Search, Space, Spent, Trial,
 };
 use veiltune_adapt::train::{Event, Pictures, Task, best, train, train_until};
-use veiltune_hub::dataset::Split;
+use veiltune_hub::{dataset::Split, files};
 use veiltune_nn::owc::Design;
 use veiltune_nn::{Method, OwcConfig};
 use veiltune_wire::Network;
@@ -361,10 +361,7 @@ impl Trainer<'_> {
         let dir = self
             .dir
             .join(format!("h{}-r{}-s{}-{norm}", c.heads, c.rank, c.scope));
-        std::fs::create_dir_all(&dir).map_err(|source| veiltune_adapt::Error::Io {
-            path: dir.clone(),
-            source,
-        })?;
+        files::private_folder(&dir)?;
         work(&Task {
             method: &method,
             backbone: self.source.backbone(),

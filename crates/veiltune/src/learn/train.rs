@@ -343,7 +343,7 @@ pub fn artefact(trained: Trained, source: Source, name: String) -> Result<Classi
     Ok(Classifier {
         config: AdapterConfig {
             base_model_name_or_path: digest.map_or("none".into(), |_| name),
-            base_model_sha256: digest.map(|d| d.iter().map(|b| format!("{b:02x}")).collect()),
+            base_model_sha256: digest.map(|d| crate::session::hex(&d)),
             text: match source {
                 Source::Texts(encoder) => Some(encoder.form()),
                 Source::Backbone(_) | Source::Pixels { .. } => None,

@@ -158,13 +158,15 @@ pub fn classify(
     bucket: usize,
     network: Network,
 ) -> Result<Labelled> {
-    let public = find(owner::models(station, addresses)?, artefact.base_model_sha256.as_deref()).map_err(|_| {
+    let models = owner::models(station, addresses)?;
+    let fingerprint = find(&models, artefact.base_model_sha256.as_deref()).map_err(|_| {
         Error::Input(format!(
             "the prompt was tuned on {} as it was then shared, which the servers do not have; tune it on a model that they \
              have, or have its owner keep the shares",
             artefact.base_model
         ))
     })?;
+    let public = owner::model(station, addresses, &fingerprint)?;
     let words = public.words()?;
     let ground = Ground {
         config: &public.config,

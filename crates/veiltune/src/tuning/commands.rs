@@ -170,7 +170,7 @@ pub fn public(name: String, ready: &model::Ready, words: &veiltune_hub::Tokenize
     getrandom::fill(&mut number).map_err(|e| Error::io("drawing a number")(std::io::Error::other(e)))?;
     Ok(PublicModel {
         name,
-        fingerprint: number.iter().map(|b| format!("{b:02x}")).collect(),
+        fingerprint: crate::session::hex(&number),
         config: ready.config.clone(),
         deviation: ready.deviation,
         tokenizer: words.to_json()?,

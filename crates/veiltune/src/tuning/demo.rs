@@ -218,7 +218,7 @@ pub fn run(args: &DemoTuneArgs) -> Result<()> {
     let authority = Authority::new()?;
     for role in Role::ALL {
         let keys = at.join(role.name());
-        crate::deal::private_directory(&keys).map_err(Error::io("a folder for keys"))?;
+        veiltune_hub::files::private_folder(&keys)?;
         authority.issue(&role.identity())?.save(&keys)?;
     }
 

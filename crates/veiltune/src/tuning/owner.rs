@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use serde::de::DeserializeOwned;
 use veiltune_engine::Error as EngineError;
 use veiltune_engine::gates::SCALE;
 use veiltune_ring::codec;
@@ -11,7 +12,7 @@ use veiltune_wire::Link;
 use super::lookup::{self, Holder, RowKeys};
 use super::program::{Pass, Shape};
 use super::servers::{Request, Role, Run, Station};
-use super::store::PublicModel;
+use super::store::{Listed, PublicModel};
 use super::talk;
 use crate::{Error, Result};
 
@@ -24,21 +25,41 @@ pub struct Addresses {
     pub assistant: String,
 }
 
-/// The models that both servers have; what is public of each must be the same at both.
-pub fn models(station: &Station, addresses: &Addresses) -> Result<Vec<PublicModel>> {
-    let mut lists = Vec::new();
-    for (role, address) in [Role::Server0, Role::Server1].into_iter().zip(&addresses.servers) {
-        let link = station.call(role, address)?;
-        talk::send(&link, &Request::Models)?;
-        lists.push(talk::receive::<Vec<PublicModel>>(&link)?);
-        link.close()?;
-    }
-    let (second, mut first) = (lists.pop().unwrap_or_default(), lists.pop().unwrap_or_default());
-    let text = |m: &PublicModel| serde_json::to_string(m).unwrap_or_default();
-    let known: std::collections::HashSet<String> = second.iter().map(text).collect();
-    first.retain(|m| known.contains(&text(m)));
-    first.iter().try_for_each(PublicModel::check)?;
+/// The models that both servers have.
+pub fn models(station: &Station, addresses: &Addresses) -> Result<Vec<Listed>> {
+    let [mut first, second]: [Vec<Listed>; 2] = ask_both(station, addresses, &Request::Models)?;
+    first.retain(|m| second.contains(m));
     Ok(first)
+}
+
+/// What is public of one of them, which must be the same at both.
+pub fn model(station: &Station, addresses: &Addresses, fingerprint: &str) -> Result<PublicModel> {
+    let request = Request::Model(fingerprint.to_owned());
+    let [first, second]: [PublicModel; 2] = ask_both(station, addresses, &request)?;
+    first.check()?;
+    match first == second && first.fingerprint == fingerprint {
+        true => Ok(first),
+        false => Err(Error::Refused(format!(
+            "the servers say different things of the model {}: have its owner share it again",
+            first.name
+        ))),
+    }
+}
+
+fn ask_both<T: DeserializeOwned>(
+    station: &Station,
+    addresses: &Addresses,
+    request: &Request,
+) -> Result<[T; 2]> {
+    let ask = |role: Role, address: &str| -> Result<T> {
+        let link = station.call(role, address)?;
+        talk::send(&link, request)?;
+        let answer = talk::receive(&link)?;
+        link.close()?;
+        Ok(answer)
+    };
+    let [first, second] = &addresses.servers;
+    Ok([ask(Role::Server0, first)?, ask(Role::Server1, second)?])
 }
 
 /// The texts of a run, as numbers; secret, and so without `Debug`.

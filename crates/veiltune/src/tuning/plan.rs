@@ -1,36 +1,26 @@
 //! What a tuning run will cost, before it runs: exact rounds and bytes of each kind of pass and of the whole budget.
 
 use serde::Serialize;
-use veiltune_engine::session::{Program, plan};
-use veiltune_engine::{Backend, Result as EngineResult, Revealed};
+use veiltune_engine::session::plan;
 use veiltune_engine::{Comparison, Cost, Memory, Party};
 use veiltune_nn::language::LanguageConfig;
 use veiltune_wire::Network;
 
-use super::program::{Loaded, Pass, Shape, Tuning, table_rows, table_width};
+use super::lookup;
+use super::program::{Pass, Shape, Tuning, table_rows, table_width};
 use crate::report::aligned;
 use crate::{Error, Result};
 
 /// Gates that the servers' preparation runs ahead.
-const AHEAD: usize = 4;
+pub const AHEAD: usize = 4;
 
-/// The passes before one of them, and it too.
-struct Until<'a>(Tuning<'a>);
-
-impl Program for Until<'_> {
-    type Model<B: Backend> = Loaded<B>;
-
-    fn comparison(&self) -> Comparison {
-        self.0.comparison
-    }
-
-    fn load<B: Backend>(&self, b: &B) -> EngineResult<Loaded<B>> {
-        self.0.load(b)
-    }
-
-    fn forward<B: Backend>(&self, b: &B, model: &Loaded<B>, index: usize) -> EngineResult<Option<Revealed>> {
-        self.0.forward(b, model, index)
-    }
+/// Bytes of memory that server 0, server 1 and the assistant need at most. A server holds the word table before it runs passes, and
+/// everybody which of its rows are selected.
+pub fn memory(passes: &Memory, model: &LanguageConfig, shape: &Shape) -> [u64; 3] {
+    let table = 8 * (table_rows(model) * table_width(model)) as u64;
+    let selected = lookup::selected_bytes(shape.rows(), table_rows(model));
+    let server = |party| passes.party(party, Some(AHEAD)).max(table) + selected;
+    [server(Party::P0), server(Party::P1), passes.dealer() + selected]
 }
 
 /// The cost of one pass of a kind.
@@ -120,13 +110,13 @@ pub fn cost(
     budget: usize,
     every: usize,
 ) -> Result<RunCost> {
-    let program = Until(Tuning {
+    let program = Tuning {
         model,
         shape,
         comparison,
         weights: None,
         known: None,
-    });
+    };
     let mut before = Cost::default();
     let (mut outside, mut passes) = ([0, 0], Vec::new());
     let mut last = None;
@@ -177,7 +167,6 @@ pub fn cost(
             (name, setup + sum)
         })
         .collect();
-    let memory: &Memory = &tally.memory;
     let key = veiltune_fss::point::key_bytes(table_rows(model)).unwrap_or(0);
     Ok(RunCost {
         shape: shape.clone(),
@@ -187,11 +176,7 @@ pub fn cost(
         seconds: total_seconds,
         online_bytes: all(&|p| p.online_bytes[0] + p.online_bytes[1]),
         dealer_bytes: all(&|p| p.dealer_bytes[0] + p.dealer_bytes[1]),
-        memory: [
-            memory.party(Party::P0, Some(AHEAD)),
-            memory.party(Party::P1, Some(AHEAD)),
-            memory.dealer(),
-        ],
+        memory: memory(&tally.memory, model, shape),
         operations: tally.operations().map(|(name, c)| (name, c.clone())).collect(),
         texts,
         generation,

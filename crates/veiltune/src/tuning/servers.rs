@@ -22,6 +22,7 @@ use veiltune_wire::handshake::{Hello, handshake};
 use veiltune_wire::pki::Credentials;
 use veiltune_wire::tcp::{self, Listener};
 use veiltune_wire::{Identity, Link, Network, Options};
+use zeroize::Zeroizing;
 
 use super::lookup::{self, Holder};
 use super::program::{PASSES, Shape, TERMS, Tuning, table_rows, table_width};
@@ -87,6 +88,8 @@ pub enum Request {
     Share(Box<PublicModel>),
     /// A data owner asks which models there are.
     Models,
+    /// A data owner asks what is public of the one with this fingerprint.
+    Model(String),
     /// A data owner begins a run.
     Run(Run),
 }
@@ -133,10 +136,10 @@ pub struct Station {
 
 /// Time for which one look for a caller waits.
 const POLL: Duration = Duration::from_millis(500);
-/// Gates that the preparation of material runs ahead of the online phase.
-const AHEAD: usize = 4;
 /// Longest silence on a link: between generations the data owner computes.
 const IDLE: Duration = Duration::from_secs(120);
+/// Longest wait for a message of somebody who gives signs of life: a pass over a large model and many texts takes hours.
+const PATIENCE: Duration = Duration::from_secs(30 * 24 * 3600);
 
 impl Station {
     /// With the keys in `keys`.
@@ -153,6 +156,7 @@ impl Station {
             options: Options {
                 network,
                 idle: IDLE,
+                patience: PATIENCE,
                 connect: wait,
                 ..Options::default()
             },
@@ -190,12 +194,19 @@ impl Station {
                         return Ok((*role, Arc::new(link)));
                     }
                 }
-                Err(veiltune_wire::Error::NobodyCame { .. }) if std::time::Instant::now() < deadline => {}
-                Err(e @ veiltune_wire::Error::NobodyCame { .. }) => return Err(e.into()),
+                Err(veiltune_wire::Error::NobodyCame { .. }) => {}
                 Err(e) => {
                     tracing::warn!("sent a caller away: {e}");
                     std::thread::sleep(Duration::from_millis(20));
                 }
+            }
+            // Callers that are sent away do not make it wait longer.
+            if std::time::Instant::now() >= deadline {
+                return Err(Error::Wire(veiltune_wire::Error::NobodyCame {
+                    expected: roles.iter().map(|r| r.name()).collect::<Vec<_>>().join(" or "),
+                    address: listener.address(),
+                    waited: wait,
+                }));
             }
         }
     }
@@ -330,13 +341,22 @@ fn take_share(store: &Store, holder: Holder, public: &PublicModel, link: &dyn Li
         ));
     }
     store.begin(public)?;
+    take_parts(store, holder, public, link)
+        .and_then(|()| store.complete(public))
+        .inspect_err(|_| store.forget(&public.fingerprint))?;
+    link.send(vec![1])?;
+    Ok(link.close()?)
+}
+
+/// The sealed parts of what is shared.
+fn take_parts(store: &Store, holder: Holder, public: &PublicModel, link: &dyn Link) -> Result<()> {
     let id = &public.fingerprint;
     let seed = |count: usize, part: Part| -> Result<()> {
         let mut writer = store.writer(id, part)?;
         for _ in 0..count {
-            let mut bytes = [0; 16];
-            link.recv(&mut bytes)?;
-            writer.put(&bytes)?;
+            let mut bytes = Zeroizing::new([0; 16]);
+            link.recv(bytes.as_mut())?;
+            writer.put(bytes.as_ref())?;
         }
         writer.finish()
     };
@@ -360,9 +380,7 @@ fn take_share(store: &Store, holder: Holder, public: &PublicModel, link: &dyn Li
         }
         writer.finish()?;
     }
-    store.complete(public)?;
-    link.send(vec![1])?;
-    Ok(link.close()?)
+    Ok(())
 }
 
 fn copy_words(link: &dyn Link, writer: &mut Writer, len: usize) -> Result<()> {
@@ -453,6 +471,10 @@ fn answer(
             talk::send(link, &store.models()?)?;
             Ok(link.close()?)
         }
+        (Role::DataOwner, Request::Model(fingerprint)) => {
+            talk::send(link, &store.public(&fingerprint)?)?;
+            Ok(link.close()?)
+        }
         (Role::DataOwner, Request::Run(run)) => {
             *runs += 1;
             let public = store.public(&run.model)?;
@@ -472,9 +494,9 @@ fn answer(
 fn seeds(store: &Store, model: &str, part: Part, count: usize) -> Result<Vec<Seed>> {
     let mut reader = store.reader(model, part)?;
     let mut one = |_| {
-        let mut bytes = [0; 16];
-        reader.take(&mut bytes)?;
-        Ok(Seed::from_bytes(bytes))
+        let mut bytes = Zeroizing::new([0; 16]);
+        reader.take(bytes.as_mut())?;
+        Ok(Seed::from_bytes(*bytes))
     };
     (0..count).map(&mut one).collect()
 }
@@ -493,7 +515,7 @@ fn assist(
     let (rows, domain, width) = (run.shape.rows(), table_rows(model), table_width(model));
     let program = run.program(&public.config);
     let plan = program.plan()?;
-    service.check(plan.tally.memory.dealer() + lookup::selected_bytes(rows, domain))?;
+    service.check(super::plan::memory(&plan.tally.memory, model, &run.shape)[2])?;
     let selections = lookup::receive_keys(owner, Holder::Assistant, rows, domain)?;
     let masks = seeds(store, &run.model, Part::Masks, 2)?;
     let mut links = BTreeMap::new();
@@ -545,13 +567,13 @@ fn compute(
     let (rows, domain, width) = (run.shape.rows(), table_rows(model), table_width(model));
     let program = run.program(model);
     let plan = program.plan()?;
-    service.check(plan.tally.memory.party(party, Some(AHEAD)) + lookup::selected_bytes(rows, domain))?;
+    service.check(super::plan::memory(&plan.tally.memory, model, &run.shape)[party.index()])?;
     // The data owner's inputs: server 0 expands its shares from a seed.
     let inputs = match party {
         Party::P0 => {
-            let mut seed = [0; 16];
-            owner.recv(&mut seed)?;
-            Some(Seed::from_bytes(seed))
+            let mut seed = Zeroizing::new([0; 16]);
+            owner.recv(seed.as_mut())?;
+            Some(Seed::from_bytes(*seed))
         }
         Party::P1 => None,
     };
@@ -573,8 +595,8 @@ fn compute(
         peer = Some(link.clone());
         station.greet(&link, other, run, plan.program)?;
 
-        let mut fresh = [0; 16];
-        assistant.recv(&mut fresh)?;
+        let mut fresh = Zeroizing::new([0; 16]);
+        assistant.recv(fresh.as_mut())?;
         let masks = seeds(store, &run.model, Part::Masks, 1)?;
         let table = store
             .reader(&run.model, Part::Table)?
@@ -608,7 +630,7 @@ fn compute(
             party,
             peer: link.clone(),
             material: MaterialFrom::Dealer(assistant.clone()),
-            ahead: Some(AHEAD),
+            ahead: Some(super::plan::AHEAD),
             outside: Box::new(outside),
         };
         session.run(&program, PASSES, |_, _| Ok(()))?;
@@ -646,10 +668,9 @@ impl Outside for Servant {
                 Ok(Prg::new(seed, *next - 1, 0).ring(dims))
             }
             Weights::File(reader) => {
-                let words = reader.take_words(dims.iter().product()).map_err(|e| {
-                    tracing::error!("{e}");
-                    EngineError::File("a share of the model could not be read".into())
-                })?;
+                let words = reader
+                    .take_words(dims.iter().product())
+                    .map_err(|e| EngineError::File(e.to_string()))?;
                 Ok(Ring::new(dims.to_vec(), words)?)
             }
         }

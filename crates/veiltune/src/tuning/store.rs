@@ -10,21 +10,25 @@ use std::io::{BufReader, BufWriter, ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 
 use ring::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use veiltune_hub::{Tokenizer, files, tokenizer::Special};
 use veiltune_nn::language::LanguageConfig;
 use zeroize::Zeroizing;
 
+use super::talk;
 use crate::{Error, Result};
 
 /// Plain bytes of a piece.
 const PIECE: usize = 1 << 20;
 const TAG: usize = 16;
+/// The public part of a model.
+const PUBLIC: &str = "model.json";
 const MAGIC: &[u8; 16] = b"veiltune-sealed\n";
 
 /// What everybody may know of a shared model.
-#[derive(Clone, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Serialize, Deserialize)]
 pub struct PublicModel {
     /// Its name, as its owner calls it.
     pub name: String,
@@ -38,6 +42,15 @@ pub struct PublicModel {
     pub tokenizer: serde_json::Value,
     /// Its special words.
     pub special: Special,
+}
+
+/// A shared model as lists have it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Listed {
+    /// As [`PublicModel::name`].
+    pub name: String,
+    /// As [`PublicModel::fingerprint`].
+    pub fingerprint: String,
 }
 
 /// Most parameters of a model, its word table included.
@@ -112,7 +125,7 @@ fn failed(path: &Path) -> impl Fn(std::io::Error) -> Error + '_ {
 impl Store {
     /// Opens or makes the folder `dir` and the key file `key`, which its owner alone may read.
     pub fn open(dir: &Path, key: &Path) -> Result<Store> {
-        fs::create_dir_all(dir).map_err(failed(dir))?;
+        files::private_folder(dir)?;
         let mut bytes = Zeroizing::new([0; 32]);
         match fs::read(key) {
             Ok(found) if found.len() == 32 => bytes.copy_from_slice(&Zeroizing::new(found)),
@@ -125,20 +138,31 @@ impl Store {
             Err(e) if e.kind() == ErrorKind::NotFound => {
                 getrandom::fill(bytes.as_mut())
                     .map_err(|e| Error::io("drawing a key")(std::io::Error::other(e)))?;
-                let mut options = File::options();
-                options.write(true).create_new(true);
-                #[cfg(unix)]
-                std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
-                let mut file = options.open(key).map_err(failed(key))?;
-                file.write_all(bytes.as_ref()).map_err(failed(key))?;
-                file.sync_all().map_err(failed(key))?;
+                files::write_private(key, bytes.as_ref())?;
             }
             Err(e) => return Err(failed(key)(e)),
         }
-        Ok(Store {
+        let store = Store {
             dir: dir.into(),
             key: bytes,
-        })
+        };
+        // What a share left that broke off with its process.
+        for name in store.names()? {
+            if store.folder(&name).is_ok() && !store.has(&name) {
+                store.forget(&name);
+            }
+        }
+        Ok(store)
+    }
+
+    fn names(&self) -> Result<Vec<String>> {
+        let entries = fs::read_dir(&self.dir).map_err(failed(&self.dir))?;
+        entries
+            .map(|entry| {
+                let name = entry.map_err(failed(&self.dir))?.file_name();
+                Ok(name.to_string_lossy().into_owned())
+            })
+            .collect()
     }
 
     fn folder(&self, fingerprint: &str) -> Result<PathBuf> {
@@ -151,14 +175,14 @@ impl Store {
     /// Whether all of a model is here.
     pub fn has(&self, fingerprint: &str) -> bool {
         self.folder(fingerprint)
-            .is_ok_and(|dir| dir.join("model.json").exists())
+            .is_ok_and(|dir| dir.join(PUBLIC).exists())
     }
 
     /// What is public of a model.
     pub fn public(&self, fingerprint: &str) -> Result<PublicModel> {
-        let path = self.folder(fingerprint)?.join("model.json");
+        let path = self.folder(fingerprint)?.join(PUBLIC);
         match path.exists() {
-            true => Ok(files::read_json(&path).map_err(|e| Error::Input(e.to_string()))?),
+            true => read(&path),
             false => Err(Error::Refused(
                 "that model is not here: have its owner share it again".into(),
             )),
@@ -166,13 +190,13 @@ impl Store {
     }
 
     /// All models that are here.
-    pub fn models(&self) -> Result<Vec<PublicModel>> {
+    pub fn models(&self) -> Result<Vec<Listed>> {
         let mut models = Vec::new();
-        for entry in fs::read_dir(&self.dir).map_err(failed(&self.dir))? {
-            let name = entry.map_err(failed(&self.dir))?.file_name();
-            let name = name.to_string_lossy();
-            if self.has(&name) {
-                models.push(self.public(&name)?);
+        for name in self.names()?.iter().filter(|name| self.has(name)) {
+            // One that is damaged must not hide the others.
+            match read::<Listed>(&self.folder(name)?.join(PUBLIC)) {
+                Ok(model) => models.push(model),
+                Err(e) => tracing::warn!("left out a model: {e}"),
             }
         }
         models.sort_by(|a, b| (&a.name, &a.fingerprint).cmp(&(&b.name, &b.fingerprint)));
@@ -181,14 +205,23 @@ impl Store {
 
     /// A model that is coming in; nothing of it counts before [`Store::complete`].
     pub fn begin(&self, public: &PublicModel) -> Result<()> {
-        let dir = self.folder(&public.fingerprint)?;
-        fs::create_dir_all(&dir).map_err(failed(&dir))
+        Ok(files::private_folder(&self.folder(&public.fingerprint)?)?)
+    }
+
+    /// Nothing of the model stays.
+    pub fn forget(&self, fingerprint: &str) {
+        if let Ok(dir) = self.folder(fingerprint)
+            && let Err(e) = fs::remove_dir_all(&dir)
+        {
+            tracing::warn!("{}: {e}; remove it by hand", dir.display());
+        }
     }
 
     /// All of the model is in.
     pub fn complete(&self, public: &PublicModel) -> Result<()> {
-        let path = self.folder(&public.fingerprint)?.join("model.json");
-        files::write_json(&path, public).map_err(|e| Error::Input(e.to_string()))
+        let path = self.folder(&public.fingerprint)?.join(PUBLIC);
+        let bytes = serde_json::to_vec(public).map_err(|e| Error::Input(e.to_string()))?;
+        Ok(files::write_private(&path, &bytes)?)
     }
 
     /// Writes a part.
@@ -252,6 +285,12 @@ impl Store {
             belongs: format!("{fingerprint}/{}", part.name()),
         })
     }
+}
+
+/// What is public of a model, all of it or a part: as large as a message may be that it came in.
+fn read<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    let bytes = files::read(path, talk::MOST as u64)?;
+    serde_json::from_slice(&bytes).map_err(|_| damaged(path))
 }
 
 fn damaged(path: &Path) -> Error {
@@ -372,12 +411,15 @@ impl Reader {
 
     /// The next ring elements.
     pub fn take_words(&mut self, len: usize) -> Result<Vec<u64>> {
-        let mut bytes = Zeroizing::new(vec![0; 8 * len]);
-        self.take(&mut bytes)?;
-        let words = bytes.chunks_exact(8);
-        Ok(words
-            .map(|b| u64::from_le_bytes(b.try_into().expect("eight bytes")))
-            .collect())
+        let mut words = Vec::with_capacity(len);
+        let mut bytes = Zeroizing::new(vec![0; PIECE.min(8 * len)]);
+        while words.len() < len {
+            let piece = &mut bytes[..PIECE.min(8 * (len - words.len()))];
+            self.take(piece)?;
+            let own = piece.chunks_exact(8);
+            words.extend(own.map(|b| u64::from_le_bytes(b.try_into().expect("eight bytes"))));
+        }
+        Ok(words)
     }
 
     fn next(&mut self) -> Result<()> {
@@ -419,7 +461,8 @@ mod tests {
     const MODEL: &str = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff";
 
     fn write(store: &Store, words: &[u64]) {
-        fs::create_dir_all(store.folder(MODEL).unwrap()).unwrap();
+        let dir = store.folder(MODEL).unwrap();
+        files::write_private(&dir.join(PUBLIC), b"{}").unwrap();
         let mut writer = store.writer(MODEL, Part::Weights).unwrap();
         writer.put_words(words).unwrap();
         writer.finish().unwrap();
@@ -473,6 +516,44 @@ mod tests {
         // Neither does the same key as another part.
         fs::rename(&path, path.with_file_name("table")).unwrap();
         assert!(store.reader(MODEL, Part::Table).unwrap().take_words(1).is_err());
+    }
+
+    #[test]
+    fn a_damaged_model_hides_no_other_and_what_broke_off_goes() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = || Store::open(&dir.path().join("store"), &dir.path().join("key")).unwrap();
+        let store = open();
+        // As large as tokenizers come.
+        let large = "x".repeat(20 << 20);
+        let listed = Listed {
+            name: "large".into(),
+            fingerprint: MODEL.into(),
+        };
+        let text = serde_json::json!({"name": listed.name, "fingerprint": MODEL, "tokenizer": large});
+        let put = |fingerprint: &str, name: &str, text: &str| {
+            let path = store.folder(fingerprint).unwrap().join(name);
+            files::write_private(&path, text.as_bytes()).unwrap();
+        };
+        put(MODEL, PUBLIC, &text.to_string());
+        let (damaged, broken) = ("1".repeat(64), "2".repeat(64));
+        put(&damaged, PUBLIC, "{\"name\": 1");
+        assert_eq!(store.models().unwrap(), std::slice::from_ref(&listed));
+        assert!(
+            store
+                .public(&damaged)
+                .err()
+                .unwrap()
+                .to_string()
+                .contains("damaged")
+        );
+        // A share that broke off with its process is removed when the next one starts, one that failed at once.
+        put(&broken, "table", "half");
+        assert!(store.folder(&broken).unwrap().exists());
+        let store = open();
+        assert!(!store.folder(&broken).unwrap().exists());
+        assert_eq!(store.models().unwrap(), [listed]);
+        store.forget(&damaged);
+        assert!(!store.folder(&damaged).unwrap().exists());
     }
 
     #[test]

@@ -8,7 +8,7 @@ use veiltune_wire::Link;
 use crate::{Error, Result};
 
 /// Longest structured message, in bytes: a tokenizer is a few megabytes.
-const MOST: usize = 64 << 20;
+pub const MOST: usize = 64 << 20;
 /// Words of a piece of a long message.
 const PIECE: usize = 1 << 15;
 

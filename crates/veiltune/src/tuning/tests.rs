@@ -220,7 +220,8 @@ fn run(checkpoint: &LanguageCheckpoint, attention: Attention) {
         let station = place.station(Role::DataOwner);
         let models = owner::models(&station, addresses).unwrap();
         assert_eq!(models.len(), 1);
-        assert_eq!(models[0].config, ready.config);
+        let model = owner::model(&station, addresses, &models[0].fingerprint).unwrap();
+        assert!(model == public);
         go(
             &station, addresses, &public, &shape, &rows.keep, &rows.ids, &labels, &prompts,
         )

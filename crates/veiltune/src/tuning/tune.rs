@@ -1,7 +1,7 @@
 //! `veiltune tune`: the data owner's side of prompt tuning, on the servers or, for who has the model, in the clear.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
@@ -9,6 +9,7 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 use serde_json::json;
+use sha2::{Digest, Sha256};
 use veiltune_engine::session::{Program, cheapest_comparison};
 use veiltune_engine::{Comparison, Fixed, Plain};
 use veiltune_hub::{Tokenizer, files};
@@ -25,7 +26,8 @@ use super::model::{self, Calibration, Ready, Words};
 use super::owner::{self, Addresses, Encoded, Remote};
 use super::program::{Mode, Shape, Texts, Tuning, table_width};
 use super::servers::{Role, Run, Station};
-use super::store::PublicModel;
+use super::store::{Listed, PublicModel};
+use crate::session::hex;
 use crate::{Error, Result};
 
 /// Which attention a model runs with.
@@ -283,6 +285,12 @@ impl RunArgs {
         })
     }
 
+    /// The one of the servers' models that is asked for.
+    fn on_servers(&self, station: &Station, addresses: &Addresses) -> Result<PublicModel> {
+        let fingerprint = find(&owner::models(station, addresses)?, self.model.as_deref())?;
+        owner::model(station, addresses, &fingerprint)
+    }
+
     /// The model that is at hand.
     fn open(&self) -> Result<LanguageCheckpoint> {
         let name = self.model.as_deref().ok_or_else(|| {
@@ -477,7 +485,7 @@ pub fn plan(args: &PlanArgs) -> Result<()> {
     let (config, words) = match run.servers.servers.is_empty() {
         false => {
             let (addresses, station) = (run.servers.addresses()?, run.servers.station(Role::DataOwner)?);
-            let public = find(owner::models(&station, &addresses)?, run.model.as_deref())?;
+            let public = run.on_servers(&station, &addresses)?;
             let words = public.words()?;
             (public.config, words)
         }
@@ -501,14 +509,14 @@ pub fn plan(args: &PlanArgs) -> Result<()> {
     )
 }
 
-/// The model that is asked for, of those that the servers have.
-pub fn find(models: Vec<PublicModel>, name: Option<&str>) -> Result<PublicModel> {
-    let known: Vec<String> = models.iter().map(|m| m.name.clone()).collect();
+/// The fingerprint of the model that is asked for, of those that the servers have.
+pub fn find(models: &[Listed], name: Option<&str>) -> Result<String> {
+    let known: Vec<&str> = models.iter().map(|m| m.name.as_str()).collect();
     let mut fit = models
-        .into_iter()
+        .iter()
         .filter(|m| name.is_none_or(|n| m.name == n || m.fingerprint.starts_with(n)));
     match (fit.next(), fit.next()) {
-        (Some(model), None) => Ok(model),
+        (Some(model), None) => Ok(model.fingerprint.clone()),
         (None, _) => Err(Error::Input(format!(
             "both servers have {}; have its owner `veiltune share` the model, or give another name to --model",
             if known.is_empty() {
@@ -527,7 +535,7 @@ pub fn find(models: Vec<PublicModel>, name: Option<&str>) -> Result<PublicModel>
 fn remote(args: &TuneArgs, chosen: &Chosen) -> Result<()> {
     let servers = &args.run.servers;
     let (addresses, station) = (servers.addresses()?, servers.station(Role::DataOwner)?);
-    let public = find(owner::models(&station, &addresses)?, args.run.model.as_deref())?;
+    let public = args.run.on_servers(&station, &addresses)?;
     let words = public.words()?;
     let (ground, rows, shape) = args.run.lay_out(&public.config, &words, chosen)?;
     let comparison = comparison(&public.config, &shape, &servers.network)?;
@@ -604,11 +612,7 @@ fn local<B: InTheClear>(args: &TuneArgs, chosen: &Chosen) -> Result<()> {
         .run
         .calibration
         .ready(&checkpoint, attention, args.run.tokens)?;
-    let fingerprint: String = checkpoint
-        .fingerprint()?
-        .iter()
-        .map(|b| format!("{b:02x}"))
-        .collect();
+    let fingerprint = hex(&checkpoint.fingerprint()?);
     let (ground, rows, shape) = args.run.lay_out(&ready.config, &checkpoint.tokenizer, chosen)?;
     let model = loaded::<B>(&ready)?;
     let program = Tuning {
@@ -834,12 +838,9 @@ fn optimise(
     .and_then(|p| p.starting_at(args.run.start(hidden, deviation)))
     .map_err(tune)?;
     let attention = json!(ground.config.attention);
-    let identity = format!(
-        "{fingerprint} {attention} {} {} {} {:?}",
-        ground.task.name, args.run.shots, args.run.seed, args.run.mode
-    );
+    let identity = identity(args, ground, rows, train, (fingerprint, deviation))?;
     // Prompt and losses are the data owner's alone.
-    crate::deal::private_directory(&args.output).map_err(Error::io(&args.output.display().to_string()))?;
+    files::private_folder(&args.output)?;
     let checkpoint = args.output.join("checkpoint.json");
     let mut tuner = Tuner::open(
         settings,
@@ -905,7 +906,7 @@ fn optimise(
     artefact.write(&args.output).map_err(tune)?;
     let history = tuner.history();
     let curve = veiltune_tune::plot::svg(history, metric).map_err(tune)?;
-    write(&args.output, "curve.svg", curve.as_bytes())?;
+    files::write_private(&args.output.join("curve.svg"), curve.as_bytes())?;
     let answer = Answer {
         task: ground.task.name.clone(),
         model: name.to_owned(),
@@ -935,9 +936,32 @@ fn optimise(
     Ok((answer, outcome))
 }
 
-fn write(dir: &Path, name: &str, bytes: &[u8]) -> Result<()> {
-    let path = dir.join(name);
-    std::fs::write(&path, bytes).map_err(Error::io(&path.display().to_string()))
+/// What a checkpoint belongs to, beside its settings: model, texts, labels and words as the model reads them, and the projection.
+fn identity(
+    args: &TuneArgs,
+    ground: &Ground,
+    rows: &Rows,
+    train: usize,
+    (fingerprint, deviation): (&str, f64),
+) -> Result<String> {
+    let added: &[u32] = match &ground.slot {
+        Slot::Add(tokens) => tokens,
+        Slot::Concatenate(_) => &[],
+    };
+    let model = json!([fingerprint, ground.config.attention, deviation]);
+    let texts = json!([
+        rows.tokens,
+        rows.answer,
+        rows.start,
+        train,
+        rows.ids,
+        rows.keep,
+        rows.labels
+    ]);
+    let answers = json!([ground.labels()?, ground.task.metric]);
+    let prompt = json!([args.run.prompt_tokens, added, args.dimension, args.run.seed]);
+    let all = json!([model, texts, answers, prompt]).to_string();
+    Ok(hex(&Sha256::digest(all)))
 }
 
 fn say(args: &TuneArgs, answer: &Answer) -> Result<()> {
