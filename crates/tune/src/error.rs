@@ -79,7 +79,8 @@ pub enum Error {
     },
     /// The template does not leave room for the text.
     #[error(
-        "the template takes {template} tokens with its prompt, the model at most {limit}; shorten the template or the prompt"
+        "the template takes {template} tokens with its prompt, and at most {limit} are allowed with a text: shorten the template or the \
+         prompt, or allow more if the model takes them"
     )]
     Room {
         /// Tokens without any text.

@@ -4,7 +4,7 @@
 //! forward pass returns, which may run under MPC: this crate does not know. The result is an artefact in PEFT's layout.
 //!
 //! ```text
-//! Task + data file -> Examples -> Shots -> Encoder -> Batch ......> forward pass
+//! Task + data file -> Examples -> Shots -> Encoder -> Sequence ...> forward pass
 //! Cma -> Projection -> Prompts ...................................> forward pass
 //! logits of the label words -> Score -> Cma; the best Prompt -> Artefact
 //! ```
@@ -29,7 +29,9 @@ pub use error::{Cause, Error, Result};
 pub use linear::{Labelled, Linear};
 pub use loss::{Loss, Metric, Score, answer};
 pub use projection::{Projection, Prompt};
-pub use prompting::{Batch, Encoder, Sequence, Slot, Specials, Tokenize};
+pub use prompting::{Encoder, Sequence, Slot, Specials, Tokenize};
 pub use shots::{Drawn, Shots, subset};
 pub use task::{Example, Family, Piece, Task, Template};
-pub use tuning::{Best, Ended, Evaluate, Labels, Outcome, Progress, Record, Settings, Split, Tuner, score};
+pub use tuning::{
+    Best, Ended, Evaluate, Labels, Outcome, Planned, Progress, Record, Settings, Split, Tuner, score,
+};

@@ -28,6 +28,8 @@ pub struct Specials {
     pub bos: Option<u32>,
     /// Fills what is left of a row.
     pub pad: Option<u32>,
+    /// Stands for what is not in the vocabulary.
+    pub unknown: Option<u32>,
 }
 
 /// What stands where the prompt goes.
@@ -58,6 +60,8 @@ pub struct Sequence {
     pub prompt: Range<usize>,
     /// Where the answer is read: the mask, or a causal model's last token.
     pub answer: usize,
+    /// Tokens of each text that are in it.
+    pub texts: [usize; 2],
     /// Tokens of the texts that did not fit.
     pub cut: usize,
 }
@@ -65,31 +69,6 @@ pub struct Sequence {
 impl fmt::Debug for Sequence {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         f.write_str("Sequence(..)")
-    }
-}
-
-/// Sequences of one width. Holds texts and labels: its debug print shows sizes alone.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Batch {
-    /// Tokens of each row, padding included: the only length that is no secret.
-    pub width: usize,
-    /// `[example, width]`, padded on the right.
-    pub tokens: Vec<u32>,
-    /// Tokens of each row without padding.
-    pub lengths: Vec<usize>,
-    /// Where each row's prompt starts.
-    pub prompts: Vec<usize>,
-    /// Where each row's answer is read.
-    pub answers: Vec<usize>,
-    /// Each row's label.
-    pub labels: Vec<usize>,
-    /// Rows of which something was cut.
-    pub cut: usize,
-}
-
-impl fmt::Debug for Batch {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        write!(f, "Batch[{} x {}]", self.labels.len(), self.width)
     }
 }
 
@@ -150,7 +129,7 @@ impl<'a, T: Tokenize + ?Sized> Encoder<'a, T> {
     /// The token of each label's word, as it stands after a space.
     ///
     /// # Errors
-    /// If a word is not one token, or the same as another label's.
+    /// If a word is not one token, not one that the model knows, or the same as another label's.
     pub fn words(&self) -> Result<Vec<u32>> {
         let mut found: Vec<u32> = Vec::new();
         for (label, word) in self.task.labels.iter().zip(&self.task.words) {
@@ -162,6 +141,14 @@ impl<'a, T: Tokenize + ?Sized> Encoder<'a, T> {
                     tokens,
                 });
             };
+            if Some(token) == self.specials.unknown {
+                return Err(Error::Task {
+                    task: self.task.name.clone(),
+                    detail: format!(
+                        "the word {word:?} of label {label:?} is not in this model's vocabulary: choose another"
+                    ),
+                });
+            }
             if let Some(other) = found.iter().position(|t| *t == token) {
                 let other = &self.task.labels[other];
                 return Err(Error::Task {
@@ -182,6 +169,27 @@ impl<'a, T: Tokenize + ?Sized> Encoder<'a, T> {
     /// # Errors
     /// If the tokenizer refuses, or a pair has one text only.
     pub fn sequence(&self, example: &Example) -> Result<Sequence> {
+        self.sequence_within(example, [usize::MAX; 2])
+    }
+
+    /// How many tokens of the first and the second text fit into one sequence, where no example has more than `longest` of either:
+    /// both, or less of the longer.
+    ///
+    /// # Errors
+    /// If the tokenizer refuses.
+    pub fn common(&self, longest: [usize; 2]) -> Result<[usize; 2]> {
+        Ok(shortened(longest, self.room()?))
+    }
+
+    fn room(&self) -> Result<usize> {
+        Ok(self.limit - self.slot.tokens() - self.around()?)
+    }
+
+    /// As [`Encoder::sequence`], with at most so many tokens of the first and the second text.
+    ///
+    /// # Errors
+    /// As [`Encoder::sequence`].
+    pub fn sequence_within(&self, example: &Example, most: [usize; 2]) -> Result<Sequence> {
         let mut a = self.text(&Piece::TextA, &example.text_a)?;
         let mut b = match &example.text_b {
             Some(text) if self.task.pairs => self.text(&Piece::TextB, text)?,
@@ -191,9 +199,10 @@ impl<'a, T: Tokenize + ?Sized> Encoder<'a, T> {
                 return Err(Error::Settings(detail.into()));
             }
         };
-        let room = self.limit - self.slot.tokens() - self.around()?;
-        let cut = (a.len() + b.len()).saturating_sub(room);
-        shorten(&mut a, &mut b, room);
+        let all = a.len() + b.len();
+        let texts = shortened([a.len().min(most[0]), b.len().min(most[1])], self.room()?);
+        a.truncate(texts[0]);
+        b.truncate(texts[1]);
 
         let (before, after) = self.ends();
         let mut tokens: Vec<u32> = before.into_iter().collect();
@@ -222,44 +231,9 @@ impl<'a, T: Tokenize + ?Sized> Encoder<'a, T> {
             tokens,
             prompt,
             answer,
-            cut,
+            texts,
+            cut: all - texts[0] - texts[1],
         })
-    }
-
-    /// Fills in `examples` and pads them to the longest, rounded up to a multiple of `bucket` but within the limit: the
-    /// coarser the buckets, the less the width tells of the texts.
-    ///
-    /// # Errors
-    /// As [`Encoder::sequence`]; and if there is no example.
-    pub fn batch<'e>(&self, examples: impl IntoIterator<Item = &'e Example>, bucket: usize) -> Result<Batch> {
-        let mut batch = Batch {
-            width: 0,
-            tokens: Vec::new(),
-            lengths: Vec::new(),
-            prompts: Vec::new(),
-            answers: Vec::new(),
-            labels: Vec::new(),
-            cut: 0,
-        };
-        let mut rows = Vec::new();
-        for example in examples {
-            let row = self.sequence(example)?;
-            batch.lengths.push(row.tokens.len());
-            batch.prompts.push(row.prompt.start);
-            batch.answers.push(row.answer);
-            batch.labels.push(example.label);
-            batch.cut += usize::from(row.cut > 0);
-            rows.push(row.tokens);
-        }
-        let Some(longest) = batch.lengths.iter().max() else {
-            return Err(Error::Settings("no examples to encode".into()));
-        };
-        batch.width = longest.next_multiple_of(bucket.max(1)).min(self.limit);
-        for mut row in rows {
-            row.resize(batch.width, self.padding());
-            batch.tokens.extend(row);
-        }
-        Ok(batch)
     }
 
     /// The tokens of a text that stands for `place`, with the space before it.
@@ -315,19 +289,18 @@ impl<'a, T: Tokenize + ?Sized> Encoder<'a, T> {
     }
 }
 
-/// Cuts the longer of two texts, the second of equals, token by token until they have at most `room`.
-fn shorten(a: &mut Vec<u32>, b: &mut Vec<u32>, room: usize) {
-    if a.len() + b.len() <= room {
-        return;
-    }
+/// Of two texts of so many tokens, how many are left of each when the longer, the second of equals, is cut token by token until both
+/// have at most `room`.
+fn shortened([a, b]: [usize; 2], room: usize) -> [usize; 2] {
     let half = room / 2;
-    if b.len() <= half {
-        a.truncate(room - b.len());
-    } else if a.len() <= half {
-        b.truncate(room - a.len());
+    if a.saturating_add(b) <= room {
+        [a, b]
+    } else if b <= half {
+        [room - b, b]
+    } else if a <= half {
+        [a, room - a]
     } else {
-        a.truncate(room - half);
-        b.truncate(half);
+        [room - half, half]
     }
 }
 

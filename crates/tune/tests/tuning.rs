@@ -207,6 +207,39 @@ fn an_interruption_loses_nothing_that_was_whole() {
 }
 
 #[test]
+fn a_run_is_what_was_planned() {
+    for (population, budget, validate_every) in [
+        (8, 320, 20),
+        (8, 30, 100),
+        (6, 18, 6),
+        (6, 24, 5),
+        (7, 3, 3),
+        (4, 16, 8),
+    ] {
+        let settings = Settings {
+            population,
+            budget,
+            validate_every,
+            ..settings()
+        };
+        let planned = settings.planned();
+        let mut landscape = Landscape::new();
+        run(
+            &mut Tuner::new(settings, projection(), labels()).unwrap(),
+            &mut landscape,
+        )
+        .unwrap();
+        let of = |split| landscape.calls.iter().filter(move |(s, _)| *s == split);
+        assert_eq!(of(Split::Train).count() as u64, planned.generations);
+        assert_eq!(of(Split::Validation).count() as u64, planned.validations);
+        assert_eq!(
+            of(Split::Validation).map(|(_, n)| *n as u64).sum::<u64>(),
+            planned.validated
+        );
+    }
+}
+
+#[test]
 fn patience_ends_a_run_that_does_not_get_better() {
     /// Whatever the prompt, the same.
     struct Flat;
@@ -313,6 +346,7 @@ fn settings_and_labels_that_make_no_sense_are_refused() {
     assert!(with(&|s| s.validate_every = 0).contains("every 0"));
     assert!(with(&|s| s.patience = Some(0)).contains("patience"));
     assert!(with(&|s| s.population = 1).contains("population of 1"));
+    assert!(with(&|s| s.budget = 0).contains("budget of 0"));
     assert!(with(&|s| s.sigma = -1.0).contains("step size"));
     assert!(with(&|s| s.loss = Loss::Hinge { margin: f64::NAN }).contains("margin"));
     assert!(with(&|s| s.metric = Metric::F1 { positive: 2 }).contains("label 2 of 2"));

@@ -171,9 +171,9 @@ pub struct ClassifyArgs {
     provider: Option<String>,
     #[command(flatten)]
     from: From,
-    /// Images that share a forward pass, and so its rounds
-    #[arg(long, default_value = "32", value_name = "N", conflicts_with = "material")]
-    batch: NonZeroUsize,
+    /// Images or texts that share a forward pass, and so its rounds [default: 32; with a --prompt 512]
+    #[arg(long, value_name = "N", conflicts_with = "material")]
+    batch: Option<NonZeroUsize>,
     /// How client and provider compare numbers
     ///
     /// auto takes what is sooner through the --network. A network that is real rather than emulated is not known here:
@@ -302,11 +302,17 @@ pub fn serve(args: &ServeArgs) -> Result<()> {
     })
 }
 
+/// Images that share a pass, unless something else is asked for.
+const BATCH: NonZeroUsize = NonZeroUsize::new(32).expect("not zero");
+/// Texts that share a run with a prompt, unless something else is asked for: each run opens the model's weights.
+const TEXTS: usize = 512;
+
 /// The client's machine.
 pub fn classify(args: &ClassifyArgs) -> Result<()> {
     if args.text.prompt.is_some() {
         let Machine { keys, network, wait } = &args.machine;
-        return crate::tuning::classify::run(&args.text, keys, *network, *wait, args.json);
+        let batch = args.batch.map_or(TEXTS, NonZeroUsize::get);
+        return crate::tuning::classify::run(&args.text, keys, *network, *wait, batch, args.json);
     }
     let Some(provider) = &args.provider else {
         return Err(Error::Input(
@@ -333,7 +339,7 @@ pub fn classify(args: &ClassifyArgs) -> Result<()> {
     let manifest = from.material.as_deref().map(Manifest::open).transpose()?;
     let batch = match &manifest {
         Some(manifest) => manifest.batch_for(images.get())?,
-        None => args.batch.min(images),
+        None => args.batch.unwrap_or(BATCH).min(images),
     };
     let mut request = Request {
         batches: Batches {

@@ -107,6 +107,9 @@ impl Error {
                 "something that it was given cannot be used".into()
             }
             Error::Interrupted => "it was interrupted".into(),
+            Error::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
+                "its disk is full".into()
+            }
             Error::Io { .. }
             | Error::Panicked(_)
             | Error::Role { .. }

@@ -304,15 +304,19 @@ pub fn comparison_name(comparison: Comparison) -> &'static str {
 }
 
 /// Columns two spaces apart, those in `right` flush right.
-pub fn aligned<const N: usize>(rows: &[[String; N]], right: &[usize]) -> String {
-    let width: [usize; N] =
-        std::array::from_fn(|i| rows.iter().map(|row| row[i].chars().count()).max().unwrap_or(0));
-    let line = |row: &[String; N]| {
-        let cells: [String; N] = std::array::from_fn(|i| match right.contains(&i) {
-            true => format!("{:>1$}", row[i], width[i]),
-            false => format!("{:<1$}", row[i], width[i]),
+pub fn aligned<R: AsRef<[String]>>(rows: &[R], right: &[usize]) -> String {
+    let columns = rows.iter().map(|row| row.as_ref().len()).max().unwrap_or(0);
+    let cell = |row: &R, i: usize| row.as_ref().get(i).map_or(0, |text| text.chars().count());
+    let width: Vec<usize> = (0..columns)
+        .map(|i| rows.iter().map(|row| cell(row, i)).max().unwrap_or(0))
+        .collect();
+    let line = |row: &R| {
+        let cells = row.as_ref().iter().enumerate();
+        let cells = cells.map(|(i, text)| match right.contains(&i) {
+            true => format!("{text:>0$}", width[i]),
+            false => format!("{text:<0$}", width[i]),
         });
-        cells.join("  ").trim_end().to_owned() + "\n"
+        cells.collect::<Vec<_>>().join("  ").trim_end().to_owned() + "\n"
     };
     rows.iter().map(line).collect()
 }

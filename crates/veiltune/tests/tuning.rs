@@ -188,6 +188,34 @@ fn bad_input_is_named() {
         &["--task", pairs.to_str().expect("a name"), "--model", &model],
         &["bad.json"],
     );
+    // A word that the model does not know, in a plan too.
+    let unknown = dir.path().join("unknown.json");
+    let text = std::fs::read_to_string(&task).expect("a task");
+    let mut text: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    let words = text["verbalizer"].as_object_mut().expect("words");
+    *words.values_mut().next().expect("a word") = "漢".into();
+    std::fs::write(&unknown, text.to_string()).expect("a file");
+    let unknown = unknown.to_str().expect("a name");
+    let short = ["--prompt-tokens", "4", "--shots", "4"];
+    let unknown = [&["--task", unknown][..], &short].concat();
+    check(
+        &[&unknown[..], &["--model", &model]].concat(),
+        &["漢", "vocabulary"],
+    );
+    let planned = ["plan", "tune", "--data", &shots, "--model", &model];
+    refused(&[&planned[..], &unknown].concat(), &["漢", "vocabulary"]);
+    let few = ["--task", &task, "--population", "1"];
+    refused(&[&planned[..], &few, &short].concat(), &["two prompts"]);
+    // Texts to measure on are read first, and nobody's artefact is overwritten.
+    let one = ["--task", &task, "--model", &model, "--budget", "20"];
+    let one = [&one[..], &short].concat();
+    check(&[&one[..], &["--test", "nothing.tsv"]].concat(), &["nothing.tsv"]);
+    check(&[&one[..], &["--margin", "nan"]].concat(), &["--margin"]);
+    std::fs::create_dir_all(out).expect("a folder");
+    let foreign = std::path::Path::new(out).join("adapter_config.json");
+    std::fs::write(&foreign, "{}").expect("a file");
+    check(&one, &["adapter_config.json", "overwritten"]);
+    std::fs::remove_file(&foreign).expect("there");
     refused(&["classify", "--keys", out, "--text", &shots], &["--prompt"]);
     refused(
         &["classify", "--keys", out, "--provider", "127.0.0.1:1", &shots],

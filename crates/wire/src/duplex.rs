@@ -114,6 +114,10 @@ impl Link for TcpLink {
         self.shared.close(self.shared.options.patience)
     }
 
+    fn check(&self) -> Result<()> {
+        self.shared.inbox.ended().map_or(Ok(()), Err)
+    }
+
     fn meter(&self) -> Meter {
         self.shared.counters.meter()
     }

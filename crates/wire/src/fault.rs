@@ -85,6 +85,10 @@ impl<L: Link> Link for Faulty<L> {
         self.link.close()
     }
 
+    fn check(&self) -> Result<()> {
+        self.link.check()
+    }
+
     fn meter(&self) -> Meter {
         self.link.meter()
     }

@@ -59,6 +59,14 @@ pub trait Link: Send + Sync {
     /// How the link failed, if it did before everything was delivered.
     fn close(&self) -> Result<()>;
 
+    /// Whether the link has ended, as far as this side has noticed; without waiting. Links that cannot tell have not.
+    ///
+    /// # Errors
+    /// How it ended.
+    fn check(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// What has passed so far.
     fn meter(&self) -> Meter;
 
@@ -78,6 +86,7 @@ macro_rules! forward_link {
             fn flush(&self) -> Result<()> { (**self).flush() }
             fn abort(&self, reason: &str) { (**self).abort(reason) }
             fn close(&self) -> Result<()> { (**self).close() }
+            fn check(&self) -> Result<()> { (**self).check() }
             fn meter(&self) -> Meter { (**self).meter() }
             fn round(&self) { (**self).round() }
             fn peer(&self) -> &Identity { (**self).peer() }

@@ -83,6 +83,10 @@ impl Link for MemoryLink {
     }
 
     fn flush(&self) -> Result<()> {
+        self.check()
+    }
+
+    fn check(&self) -> Result<()> {
         self.incoming.ended().map_or(Ok(()), Err)
     }
 

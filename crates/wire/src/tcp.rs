@@ -4,13 +4,6 @@
 //! expected there. This file is about how a connection comes to be; what happens on it afterwards is the
 //! [`TcpLink`]'s affair.
 
-//! Links over TCP with mutual TLS 1.3.
-//!
-//! Each side checks that the other's certificate comes from the run's authority and names the party that is
-//! expected there. Behind a link work two threads: one encrypts and writes what is queued, one reads,
-//! decrypts and queues what arrives. They share the TLS state, but wait for the network without holding it,
-//! so that both directions flow at once and neither end can block the other.
-
 use std::{
     fmt,
     io::{self, Read, Write},

@@ -555,6 +555,7 @@ impl Tokenize for Words<'_> {
             mask: s.mask,
             bos: s.bos,
             pad: s.pad,
+            unknown: s.unknown,
         }
     }
 }

@@ -13,6 +13,7 @@ const SPECIALS: Specials = Specials {
     mask: Some(3),
     bos: Some(4),
     pad: Some(5),
+    unknown: Some(6),
 };
 
 fn token(word: &str, spaced: bool) -> u32 {
@@ -29,7 +30,11 @@ impl Tokenize for Toy {
         }
         let spaced = text.starts_with(' ');
         let words = text.split_whitespace().enumerate();
-        Ok(words.map(|(i, w)| token(w, spaced || i > 0)).collect())
+        let known = |(i, w): (usize, &str)| match w {
+            "漢" => 6,
+            w => token(w, spaced || i > 0),
+        };
+        Ok(words.map(known).collect())
     }
 
     fn specials(&self) -> Specials {
@@ -157,26 +162,26 @@ fn texts_are_cut_at_their_end_and_the_template_never() {
 }
 
 #[test]
-fn batches_are_padded_to_buckets_within_the_limit() {
-    let task = single();
-    let encoder = Encoder::new(&TOY, &task, Family::Masked, Slot::Add(vec![7; 2]), 15).unwrap();
-    let examples = [example("a", None), example("a b c d e f g h", None)];
-    let batch = encoder.batch(&examples[..1], 4).unwrap();
-    assert_eq!((batch.width, batch.lengths[0], batch.tokens[11]), (12, 11, 5));
-    let batch = encoder.batch(&examples, 8).unwrap();
+fn a_sequence_does_not_print_its_text_and_takes_what_all_have_room_for() {
+    let task = pair();
+    // 8 tokens stand without texts.
+    let encoder = Encoder::new(&TOY, &task, Family::Masked, Slot::Add(vec![7; 2]), 14).unwrap();
+    let rows = [("a b c d e", "f"), ("a", "f g h i j")];
+    let rows = rows.map(|(a, b)| example(a, Some(b)));
+    let free = rows.each_ref().map(|r| encoder.sequence(r).unwrap());
     assert_eq!(
-        (batch.width, &batch.lengths[..], batch.cut),
-        (15, &[11, 15][..], 1)
+        free.each_ref().map(|r| (r.texts, r.cut)),
+        [([5, 1], 0), ([1, 5], 0)]
     );
+    assert_eq!(format!("{:?}", free[0]), "Sequence(..)");
+    let most = encoder.common([5, 5]).unwrap();
+    assert_eq!(most, [3, 3]);
+    let bound = rows.each_ref().map(|r| encoder.sequence_within(r, most).unwrap());
     assert_eq!(
-        (&batch.prompts[..], &batch.labels[..]),
-        (&[1, 1][..], &[1, 1][..])
+        bound.each_ref().map(|r| (r.texts, r.cut)),
+        [([3, 1], 2), ([1, 3], 2)]
     );
-    let row = encoder.sequence(&examples[1]).unwrap();
-    assert_eq!(&batch.tokens[15..], &row.tokens[..]);
-    assert_eq!(batch.answers[1], row.answer);
-    assert_eq!(format!("{batch:?} {row:?}"), "Batch[2 x 15] Sequence(..)");
-    assert!(encoder.batch(&[], 4).is_err());
+    assert_eq!(bound[1].tokens.last(), Some(&2));
 }
 
 #[test]
@@ -224,17 +229,20 @@ fn a_word_of_several_tokens_or_of_another_label_is_named() {
     );
     let error = words(serde_json::json!({"n": "bad", "y": "bad"}));
     assert!(error.contains("\"n\" and \"y\" are the same token"), "{error}");
+    let error = words(serde_json::json!({"n": "bad", "y": "漢"}));
+    assert!(
+        error.contains("\"漢\" of label \"y\" is not in this model's vocabulary"),
+        "{error}"
+    );
 }
 
 proptest! {
     #[test]
     fn shortening_takes_from_the_longer(a in 0usize..30, b in 0usize..30, room in 0usize..40) {
-        let (mut left, mut right) = (vec![0; a], vec![0; b]);
-        shorten(&mut left, &mut right, room);
         let (mut want_a, mut want_b) = (a, b);
         while want_a + want_b > room {
             if want_a > want_b { want_a -= 1 } else { want_b -= 1 }
         }
-        prop_assert_eq!((left.len(), right.len()), (want_a, want_b));
+        prop_assert_eq!(shortened([a, b], room), [want_a, want_b]);
     }
 }

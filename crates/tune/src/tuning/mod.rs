@@ -16,7 +16,7 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 
 pub use evaluate::{Evaluate, Split, score};
-pub use settings::{Labels, Settings};
+pub use settings::{Labels, Planned, Settings};
 
 use crate::cma::{Cma, bits};
 use crate::{Error, Projection, Prompt, Result, Score};

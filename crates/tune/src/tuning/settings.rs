@@ -13,7 +13,7 @@ pub struct Settings {
     pub population: usize,
     /// The optimiser's first step size.
     pub sigma: f64,
-    /// Candidates to evaluate on the training examples, rounded down to whole generations but one at least.
+    /// Candidates to evaluate on the training examples, rounded down to whole generations; one generation at least.
     pub budget: usize,
     /// Evaluations between validations.
     pub validate_every: usize,
@@ -65,9 +65,47 @@ impl fmt::Debug for Labels {
     }
 }
 
+/// What a run comes to that its budget ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Planned {
+    /// Generations.
+    pub generations: u64,
+    /// Validations, that of the initial prompt included.
+    pub validations: u64,
+    /// Prompts that are validated: the initial one, then the best and the mean of the search.
+    pub validated: u64,
+}
+
 impl Settings {
-    pub(super) fn check(&self) -> Result<()> {
+    /// What a run comes to that its budget ends: a validation before, whenever as many evaluations are done as there are between two,
+    /// and after the last generation.
+    pub fn planned(&self) -> Planned {
+        let (population, every) = (self.population.max(1), self.validate_every.max(1));
+        let generations = (self.budget / population).max(1) as u64;
+        let evaluations = u128::from(generations) * population as u128;
+        let times = |evaluations: u128| (evaluations / every as u128).min(u128::from(generations));
+        let last = times(evaluations) == times(evaluations - population as u128) && population < every;
+        let during = times(evaluations) as u64 + u64::from(last);
+        Planned {
+            generations,
+            validations: 1 + during,
+            validated: 1 + 2 * during,
+        }
+    }
+
+    /// Refuses what no run can do.
+    pub fn check(&self) -> Result<()> {
         let refuse = |detail: &str| Err(Error::Settings(detail.into()));
+        if self.population < 2 {
+            let detail = format!(
+                "a population of {}: the optimiser compares two prompts at least",
+                self.population
+            );
+            return refuse(&detail);
+        }
+        if self.budget == 0 {
+            return refuse("a budget of 0 evaluations: there is nothing to tune");
+        }
         if self.validate_every == 0 {
             return refuse("validation every 0 evaluations: it must be one at least");
         }

@@ -483,12 +483,12 @@ pub fn check_out(out: &Path) -> Result<()> {
     }
 }
 
-/// Refuses to write an adapter over another one: that in `dir`, if it is not of a run that left `state`.
-pub fn check_adapter(dir: &Path, state: &Path) -> Result<()> {
+/// Refuses to write an adapter over another one: that in `dir`, which `option` names, if it is not of a run that left `state`.
+pub fn check_adapter(dir: &Path, state: &Path, option: &str) -> Result<()> {
     let adapter = dir.join(adapter::CONFIG_FILE);
     match adapter.exists() && !state.exists() {
         true => Err(Error::Input(format!(
-            "{} is of another run and would be overwritten; give another folder to --out, or remove that one",
+            "{} is of another run and would be overwritten; give another folder to {option}, or remove that one",
             adapter.display()
         ))),
         false => Ok(()),

@@ -197,7 +197,7 @@ pub fn run(args: &SearchArgs) -> Result<()> {
     };
     for (_, name) in ways {
         let out = out_of(name);
-        check_adapter(&out.join(ADAPTER), &out.join(JOURNAL))?;
+        check_adapter(&out.join(ADAPTER), &out.join(JOURNAL), "--out")?;
     }
     let goal = match (args.accuracy, args.seconds) {
         (Some(accuracy), _) => Goal::Efficiency { accuracy },

@@ -208,7 +208,7 @@ const REPORT: &str = "report.json";
 pub fn run(args: &TrainArgs) -> Result<()> {
     args.recipe.check()?;
     check_out(&args.out)?;
-    check_adapter(&args.out, &args.out.join(STATE_FILE))?;
+    check_adapter(&args.out, &args.out.join(STATE_FILE), "--out")?;
     let interrupted = interruptible()?;
     let base = args.data.open_backbone(&args.form)?;
     let base = base.source();

@@ -70,7 +70,14 @@ struct Answer {
 }
 
 /// Runs it.
-pub fn run(args: &TextArgs, keys: &std::path::Path, network: Network, wait: f64, json: bool) -> Result<()> {
+pub fn run(
+    args: &TextArgs,
+    keys: &std::path::Path,
+    network: Network,
+    wait: f64,
+    batch: usize,
+    json: bool,
+) -> Result<()> {
     let (Some(file), Some(dir), Some(assistant)) = (&args.text, &args.prompt, &args.assistant) else {
         return Err(Error::Input(
             "give --text, --prompt, --servers and --assistant together".into(),
@@ -90,29 +97,29 @@ pub fn run(args: &TextArgs, keys: &std::path::Path, network: Network, wait: f64,
     let station = Station::new(Role::DataOwner, keys, network, wait)?;
     let artefact = Artefact::read(dir).map_err(tune)?;
     let lines = inputs::lines(file, artefact.task.pairs)?;
-    let example = |line: inputs::Line| Example {
-        text_a: line.first,
-        text_b: line.second,
+    let example = |line: &inputs::Line| Example {
+        text_a: line.first.clone(),
+        text_b: line.second.clone(),
         label: 0,
     };
-    let examples: Vec<Example> = lines.into_iter().map(example).collect();
+    let examples: Vec<Example> = lines.iter().map(example).collect();
     let start = std::time::Instant::now();
-    let labelled = classify(
-        &station,
-        &addresses,
-        &artefact,
-        &examples,
-        args.tokens,
-        args.bucket,
-        network,
-    )?;
+    let labelled = classify(&station, &addresses, &artefact, &examples, args, batch, network)?;
     let answer = Answer {
         model: artefact.base_model.clone(),
         texts: examples.len(),
         cut: labelled.cut,
         seconds: start.elapsed().as_secs_f64(),
         bytes: labelled.bytes,
-        results: labelled.rows,
+        results: labelled
+            .rows
+            .into_iter()
+            .zip(&lines)
+            .map(|(row, line)| Row {
+                line: line.number,
+                ..row
+            })
+            .collect(),
     };
     print(json, &answer, || {
         let mut rows = vec![["line", "label", "confidence"].map(String::from)];
@@ -125,10 +132,7 @@ pub fn run(args: &TextArgs, keys: &std::path::Path, network: Network, wait: f64,
         }));
         let mut text = aligned(&rows, &[0, 2]);
         if answer.cut > 0 {
-            text += &format!(
-                "{} of {} texts were cut to {} tokens\n",
-                answer.cut, answer.texts, args.tokens
-            );
+            text += &format!("{}\n", labelled.cutting);
         }
         text + &format!(
             "{:.2} s, sent {:.2} MB, received {:.2} MB\n",
@@ -144,6 +148,8 @@ pub struct Labelled {
     rows: Vec<Row>,
     /// Texts that were cut.
     cut: usize,
+    /// The same in words.
+    cutting: String,
     /// To and from the three others.
     bytes: [u64; 2],
 }
@@ -154,8 +160,8 @@ pub fn classify(
     addresses: &Addresses,
     artefact: &Artefact,
     examples: &[Example],
-    tokens: usize,
-    bucket: usize,
+    args: &TextArgs,
+    batch: usize,
     network: Network,
 ) -> Result<Labelled> {
     let models = owner::models(station, addresses)?;
@@ -173,27 +179,32 @@ pub fn classify(
         words: &words,
         task: &artefact.task,
         slot: artefact.slot(),
-        tokens,
-        bucket,
+        tokens: args.tokens,
+        bucket: args.bucket,
     };
     let all: Vec<&Example> = examples.iter().collect();
     let rows = ground.rows(&all)?;
-    let shape = ground.shape(&rows, rows.len(), 1, 1);
-    shape.check(&public.config)?;
-    let comparison = comparison(&public.config, &shape, &network)?;
-    let run = new_run(&public, shape, comparison)?;
-    let mut ids = rows.ids.clone();
-    ids.extend(ground.labels()?);
-    let texts = Encoded {
-        ids,
-        keep: rows.keep.clone(),
-    };
-    let mut remote = Remote::begin(station, addresses, &run, table_rows(&public.config), &texts)?;
-    let logits = remote
-        .logits(super::program::Pass::Generation, &artefact.prompt.0)
-        .inspect_err(|e| remote.abort(&e.for_peer()))?;
-    let bytes = remote.bytes();
-    remote.end()?;
+    let labels = ground.labels()?;
+    let (mut logits, mut bytes) = (Vec::new(), [0, 0]);
+    // Rows of all batches are of one length, which says nothing of a batch's texts.
+    for batch in rows.batches(batch) {
+        let shape = ground.shape(&batch, batch.len(), 1, 1);
+        shape.check(&public.config)?;
+        let comparison = comparison(&public.config, &shape, &network)?;
+        let run = new_run(&public, shape, comparison)?;
+        let texts = Encoded {
+            ids: [&batch.ids[..], &labels].concat(),
+            keep: batch.keep,
+        };
+        let mut remote = Remote::begin(station, addresses, &run, table_rows(&public.config), &texts)?;
+        let some = remote
+            .logits(super::program::Pass::Generation, &artefact.prompt.0)
+            .inspect_err(|e| remote.abort(&e.for_peer()))?;
+        logits.extend(some);
+        let [sent, received] = remote.counter()();
+        bytes = [bytes[0] + sent, bytes[1] + received];
+        remote.end()?;
+    }
     let classes = artefact.task.labels.len();
     let row = |(i, logits): (usize, &[f32])| {
         let best = answer(logits);
@@ -208,6 +219,7 @@ pub fn classify(
     Ok(Labelled {
         rows: results,
         cut: rows.cut,
+        cutting: ground.cut(&rows),
         bytes,
     })
 }

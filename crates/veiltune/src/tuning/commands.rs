@@ -141,24 +141,26 @@ pub fn owner(args: &ShareArgs) -> Result<()> {
             .map_or_else(|| args.model.clone(), |n| n.to_string_lossy().into_owned())
     });
     let public = public(name, &ready, &checkpoint.tokenizer)?;
+    public.check()?;
     let all = [
         (Role::Server0, addresses.servers[0].clone()),
         (Role::Server1, addresses.servers[1].clone()),
         (Role::Assistant, addresses.assistant),
     ];
     let mut told = std::time::Instant::now();
+    let mut progress = |part: f64| {
+        if told.elapsed() > Duration::from_secs(2) {
+            told = std::time::Instant::now();
+            eprintln!("shared {:.0} %", 100.0 * part);
+        }
+    };
     share(
         &station,
         &public,
         &ready.weights,
         &ready.table,
         &all,
-        &mut |part| {
-            if told.elapsed() > Duration::from_secs(2) {
-                told = std::time::Instant::now();
-                eprintln!("shared {:.0} %", 100.0 * part);
-            }
-        },
+        &mut progress,
     )?;
     println!("shared {} as {}", public.name, public.fingerprint);
     Ok(())

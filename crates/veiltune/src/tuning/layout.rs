@@ -35,10 +35,11 @@ impl Rows {
         bucket: usize,
         limit: usize,
     ) -> Result<Rows> {
-        let sequences = examples
-            .iter()
-            .map(|e| encoder.sequence(e).map_err(tune))
-            .collect::<Result<Vec<Sequence>>>()?;
+        let encode = |most: [usize; 2]| {
+            let one = |e: &&Example| encoder.sequence_within(e, most).map_err(tune);
+            examples.iter().map(one).collect::<Result<Vec<Sequence>>>()
+        };
+        let mut sequences = encode([usize::MAX; 2])?;
         let Some(first) = sequences.first() else {
             return Err(Error::Input("there are no texts".into()));
         };
@@ -48,19 +49,18 @@ impl Rows {
             ));
         }
         let prompt = first.prompt.len();
-        let start = sequences.iter().map(|s| s.prompt.start).max().unwrap_or(0);
-        let answer = sequences
-            .iter()
-            .map(|s| s.answer - s.prompt.start + start)
-            .max()
-            .unwrap_or(0);
-        let behind = sequences
-            .iter()
-            .map(|s| s.tokens.len() - s.answer)
-            .max()
-            .unwrap_or(0);
-        let needed = answer + behind;
-        // Bringing answers to one position may take more than the longest text; that is for who checks the run's sizes.
+        let mut places = Places::of(&sequences);
+        if places.needed > limit {
+            // One pair has a long first text, another a long second one: each text gets what all have room for.
+            let longest = |which: usize| sequences.iter().map(|s| s.texts[which]).max().unwrap_or(0);
+            sequences = encode(encoder.common([longest(0), longest(1)]).map_err(tune)?)?;
+            places = Places::of(&sequences);
+        }
+        let Places {
+            start,
+            answer,
+            needed,
+        } = places;
         let tokens = needed.next_multiple_of(bucket.max(1)).min(limit).max(needed);
         let mut rows = Rows {
             tokens,
@@ -91,6 +91,19 @@ impl Rows {
         Ok(rows)
     }
 
+    /// The same rows, at most so many at a time.
+    pub fn batches(&self, most: usize) -> impl Iterator<Item = Rows> {
+        let width = self.tokens;
+        let ids = self.ids.chunks(most * width).zip(self.keep.chunks(most * width));
+        ids.zip(self.labels.chunks(most))
+            .map(|((ids, keep), labels)| Rows {
+                ids: ids.to_vec(),
+                keep: keep.to_vec(),
+                labels: labels.to_vec(),
+                ..*self
+            })
+    }
+
     /// Number of rows.
     pub fn len(&self) -> usize {
         self.labels.len()
@@ -103,6 +116,27 @@ impl Rows {
             classes,
             train: train.to_vec(),
             validation: validation.to_vec(),
+        }
+    }
+}
+
+/// Where prompts and answers stand when they are brought to one position in every row.
+struct Places {
+    start: usize,
+    answer: usize,
+    /// Tokens of a row.
+    needed: usize,
+}
+
+impl Places {
+    fn of(sequences: &[Sequence]) -> Places {
+        let most = |of: &dyn Fn(&Sequence) -> usize| sequences.iter().map(of).max().unwrap_or(0);
+        let start = most(&|s| s.prompt.start);
+        let answer = start + most(&|s| s.answer - s.prompt.start);
+        Places {
+            start,
+            answer,
+            needed: answer + most(&|s| s.tokens.len() - s.answer),
         }
     }
 }
@@ -138,6 +172,7 @@ mod tests {
                 mask: Some(3),
                 bos: Some(4),
                 pad: Some(0),
+                unknown: None,
             }
         }
     }
@@ -182,6 +217,27 @@ mod tests {
                     .collect();
                 assert_eq!(kept, encoder.sequence(example).unwrap().tokens);
             }
+        }
+    }
+
+    #[test]
+    fn pairs_of_which_each_fits_fit_together() {
+        let file = br#"{"name": "t", "masked": "{prompt} {text_a} ? {mask} , {text_b}", "verbalizer": {"a": "x", "b": "y"}}"#;
+        let task = Task::parse("t", file).unwrap();
+        let pair = |a: &str, b: &str| Example {
+            text_b: Some(b.into()),
+            ..example(a, 0)
+        };
+        let examples = [pair("abcdefghijkl", "m"), pair("a", "mnopqrstuv")];
+        let examples: Vec<&Example> = examples.iter().collect();
+        for (limit, cut) in [(30, 0), (20, 2)] {
+            let encoder =
+                Encoder::new(&Letters, &task, Family::Masked, Slot::Add(vec![9, 8]), limit).unwrap();
+            assert!(examples.iter().all(|e| encoder.sequence(e).unwrap().cut == 0));
+            let rows = Rows::new(&encoder, &examples, 0, 4, limit).unwrap();
+            assert!(rows.tokens <= limit, "{} of {limit}", rows.tokens);
+            assert_eq!(rows.cut, cut);
+            assert!((0..2).all(|i| rows.ids[i * rows.tokens + rows.answer] == 3));
         }
     }
 }

@@ -70,6 +70,14 @@ pub struct Calibration<'a> {
 /// with random prompts of up to twice the spread of its embeddings added at its first half: tuned prompts go beyond what
 /// texts do.
 pub fn ready(checkpoint: &LanguageCheckpoint, attention: Attention, how: &Calibration) -> Result<Ready> {
+    if !checkpoint.config.family.causal() && !checkpoint.config.has_head {
+        return Err(Error::Input(
+            "the checkpoint has no masked-LM head (cls.predictions, lm_head or predictions), without which an encoder has no words to \
+             answer with: give one that was saved with it (`AutoModelForMaskedLM`); sentence encoders and classifiers are for \
+             `veiltune train` with --task"
+                .into(),
+        ));
+    }
     // Only the positions that texts can have become part of the program.
     let tokens = how.tokens.clamp(1, checkpoint.config.max_positions);
     let config = LanguageConfig {
@@ -252,6 +260,7 @@ impl Tokenize for Words<'_> {
             mask: s.mask,
             bos: s.bos,
             pad: s.pad,
+            unknown: s.unknown,
         }
     }
 }

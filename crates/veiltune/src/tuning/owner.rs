@@ -11,7 +11,7 @@ use veiltune_wire::Link;
 
 use super::lookup::{self, Holder, RowKeys};
 use super::program::{Pass, Shape};
-use super::servers::{Request, Role, Run, Station};
+use super::servers::{Request, Role, Run, Station, patiently};
 use super::store::{Listed, PublicModel};
 use super::talk;
 use crate::{Error, Result};
@@ -51,12 +51,14 @@ fn ask_both<T: DeserializeOwned>(
     addresses: &Addresses,
     request: &Request,
 ) -> Result<[T; 2]> {
-    let ask = |role: Role, address: &str| -> Result<T> {
-        let link = station.call(role, address)?;
-        talk::send(&link, request)?;
-        let answer = talk::receive(&link)?;
-        link.close()?;
-        Ok(answer)
+    let ask = |role: Role, address: &str| {
+        patiently(|| {
+            let link = station.call(role, address)?;
+            talk::send(&link, request)?;
+            let answer: T = talk::receive(&link)?;
+            link.close()?;
+            Ok(answer)
+        })
     };
     let [first, second] = &addresses.servers;
     Ok([ask(Role::Server0, first)?, ask(Role::Server1, second)?])
@@ -81,7 +83,7 @@ pub struct Remote {
 }
 
 impl Remote {
-    /// Calls all three, deals the keys of the word lookup and brings the texts in.
+    /// Calls all three, once they are free, deals the keys of the word lookup and brings the texts in.
     pub fn begin(
         station: &Station,
         addresses: &Addresses,
@@ -89,38 +91,52 @@ impl Remote {
         vocabulary: usize,
         texts: &Encoded,
     ) -> Result<Remote> {
-        let shape = run.shape.clone();
         let keys = texts
             .ids
             .iter()
             .map(|&id| lookup::deal(id as usize, vocabulary))
             .collect::<Result<Vec<RowKeys>>>()?;
-        // The assistant first: the servers call it once they have been called.
-        let assistant = station.call(Role::Assistant, &addresses.assistant)?;
-        talk::send(&assistant, &Request::Run(run.clone()))?;
-        lookup::send_keys(&assistant, Holder::Assistant, &keys)?;
+        patiently(|| {
+            let mut called = Vec::new();
+            Remote::try_to_begin(station, addresses, run, &keys, texts, &mut called).inspect_err(|e| {
+                called
+                    .iter()
+                    .for_each(|link: &Arc<dyn Link>| link.abort(&e.for_peer()))
+            })
+        })
+    }
+
+    fn try_to_begin(
+        station: &Station,
+        addresses: &Addresses,
+        run: &Run,
+        keys: &[RowKeys],
+        texts: &Encoded,
+        called: &mut Vec<Arc<dyn Link>>,
+    ) -> Result<Remote> {
         let seed = Seed::random().map_err(EngineError::from)?;
-        let mut links = Vec::new();
-        for ((role, holder), address) in [(Role::Server0, Holder::First), (Role::Server1, Holder::Second)]
-            .into_iter()
-            .zip(&addresses.servers)
-        {
+        let mut begin = |role: Role, holder: Holder, address: &str| -> Result<Arc<dyn Link>> {
             let link = station.call(role, address)?;
+            called.push(link.clone());
             talk::send(&link, &Request::Run(run.clone()))?;
+            // It has the model, and room for the run.
+            link.recv(&mut [0])?;
             if role == Role::Server0 {
                 link.send(seed.expose().to_vec())?;
             }
-            lookup::send_keys(&link, holder, &keys)?;
-            links.push(link);
-        }
-        let [first, second] = <[Arc<dyn Link>; 2]>::try_from(links)
-            .map_err(|_| Error::Input("two servers are needed".into()))?;
+            lookup::send_keys(&link, holder, keys)?;
+            Ok(link)
+        };
+        // The assistant first: the servers call it once they have been called. So who has it has its turn at all three.
+        let assistant = begin(Role::Assistant, Holder::Assistant, &addresses.assistant)?;
+        let first = begin(Role::Server0, Holder::First, &addresses.servers[0])?;
+        let second = begin(Role::Server1, Holder::Second, &addresses.servers[1])?;
         let mut remote = Remote {
-            links: [first, second],
             assistant,
+            links: [first, second],
             seed,
             next: 0,
-            shape,
+            shape: run.shape.clone(),
         };
         remote.ask(Some(Pass::Texts))?;
         let signs: Vec<f32> = keys.iter().flat_map(|k| k.signs).collect();
@@ -174,13 +190,15 @@ impl Remote {
         &self.shape
     }
 
-    /// Bytes that went to the three others and came from them so far.
-    pub fn bytes(&self) -> [u64; 2] {
-        let links = self.links.iter().chain([&self.assistant]);
-        links.fold([0, 0], |[sent, received], link| {
-            let meter = link.meter();
-            [sent + meter.sent, received + meter.received]
-        })
+    /// What tells the bytes that went to the three others and came from them so far.
+    pub fn counter(&self) -> impl Fn() -> [u64; 2] + use<> {
+        let links: Vec<_> = self.links.iter().chain([&self.assistant]).cloned().collect();
+        move || {
+            links.iter().fold([0, 0], |[sent, received], link| {
+                let meter = link.meter();
+                [sent + meter.sent, received + meter.received]
+            })
+        }
     }
 
     fn ask(&self, pass: Option<Pass>) -> Result<()> {

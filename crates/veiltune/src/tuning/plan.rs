@@ -4,8 +4,10 @@ use serde::Serialize;
 use veiltune_engine::session::plan;
 use veiltune_engine::{Comparison, Cost, Memory, Party};
 use veiltune_nn::language::LanguageConfig;
+use veiltune_tune::Settings;
 use veiltune_wire::Network;
 
+use super::layout::tune;
 use super::lookup;
 use super::program::{Pass, Shape, Tuning, table_rows, table_width};
 use crate::report::aligned;
@@ -76,9 +78,14 @@ const MATERIAL: f64 = 4e-9;
 
 const NETWORKS: [&str; 4] = ["lan", "secp-lan", "secp-wan-a", "secp-wan-b"];
 
-fn networks() -> Vec<(String, Network)> {
+/// These, and the user's own if it is another.
+fn networks(own: &Network) -> Vec<(String, Network)> {
     let parse = |name: &str| name.parse::<Network>().ok().map(|n| (name.to_owned(), n));
-    NETWORKS.into_iter().filter_map(parse).collect()
+    let mut all: Vec<_> = NETWORKS.into_iter().filter_map(parse).collect();
+    if *own != Network::NONE && all.iter().all(|(_, network)| network != own) {
+        all.push((own.to_string(), *own));
+    }
+    all
 }
 
 fn seconds(cost: &Cost, network: &Network) -> f64 {
@@ -107,9 +114,11 @@ pub fn cost(
     model: &LanguageConfig,
     shape: &Shape,
     comparison: Comparison,
-    budget: usize,
-    every: usize,
+    settings: &Settings,
+    network: &Network,
 ) -> Result<RunCost> {
+    settings.check().map_err(tune)?;
+    let networks = networks(network);
     let program = Tuning {
         model,
         shape,
@@ -133,7 +142,7 @@ pub fn cost(
             // Server 0 expands its shares; the word lookup's terms are not the data owner's.
             owner_sends: now[0] - outside[0],
             owner_receives: 2 * (now[1] - outside[1]),
-            seconds: networks().iter().map(|(n, net)| (n.clone(), one(net))).collect(),
+            seconds: networks.iter().map(|(n, net)| (n.clone(), one(net))).collect(),
         });
         (before, outside) = (total, now);
         last = Some(tally);
@@ -141,18 +150,19 @@ pub fn cost(
     let tally = last.ok_or_else(|| Error::Input("there is nothing to plan".into()))?;
     let terms = 8 * (super::program::TERMS * shape.rows() * table_width(model)) as u64;
     passes[0].owner_sends -= terms;
-    let generations = (budget / shape.candidates).max(1) as u64;
-    let validations = match shape.validation {
-        0 => 0,
-        _ => 1 + 2 * (budget / every.max(1)) as u64,
+    let planned = settings.planned();
+    // Without texts of their own, validations are passes over those that are tuned on.
+    let (generations, validations) = match shape.validation {
+        0 => (planned.generations + planned.validations, 0),
+        _ => (planned.generations, planned.validated),
     };
     let validation = passes.get(Pass::Validation.number() as usize).cloned();
     let (texts, generation) = (passes[0].clone(), passes[1].clone());
     let all = |f: &dyn Fn(&PassCost) -> u64| {
         f(&texts) + generations * f(&generation) + validations * validation.as_ref().map_or(0, f)
     };
-    let total_seconds = networks()
-        .into_iter()
+    let total_seconds = networks
+        .iter()
         .enumerate()
         .map(|(i, (name, network))| {
             let at = |p: &PassCost| p.seconds[i].1;
@@ -164,7 +174,7 @@ pub fn cost(
             let sum = at(&texts)
                 + generations as f64 * at(&generation)
                 + validations as f64 * validation.as_ref().map_or(0.0, at);
-            (name, setup + sum)
+            (name.clone(), setup + sum)
         })
         .collect();
     let key = veiltune_fss::point::key_bytes(table_rows(model)).unwrap_or(0);
@@ -189,11 +199,11 @@ pub fn print(
     model: &LanguageConfig,
     shape: &Shape,
     comparison: Comparison,
-    budget: usize,
-    every: usize,
+    settings: &Settings,
+    network: &Network,
     json: bool,
 ) -> Result<()> {
-    let cost = cost(model, shape, comparison, budget, every)?;
+    let cost = cost(model, shape, comparison, settings, network)?;
     if json {
         let text = serde_json::to_string_pretty(&cost).map_err(|e| Error::Input(e.to_string()))?;
         println!("{text}");
@@ -204,21 +214,20 @@ pub fn print(
         shape.texts, shape.validation, shape.tokens, shape.prompt, shape.candidates, shape.together
     );
     let mb = |b: u64| format!("{:.2}", b as f64 / 1e6);
+    let head = [
+        "pass",
+        "times",
+        "rounds",
+        "servers MB",
+        "assistant MB",
+        "owner MB",
+    ];
+    let networks = cost.seconds.iter().map(|(name, _)| format!("{name} s"));
     let mut rows = vec![
-        [
-            "pass",
-            "times",
-            "rounds",
-            "servers MB",
-            "assistant MB",
-            "owner MB",
-            "lan s",
-            "secp-lan s",
-            "secp-wan-a s",
-            "secp-wan-b s",
-        ]
-        .map(String::from)
-        .to_vec(),
+        head.into_iter()
+            .map(String::from)
+            .chain(networks)
+            .collect::<Vec<_>>(),
     ];
     let mut add = |name: &str, times: u64, p: &PassCost| {
         let mut row = vec![
@@ -249,7 +258,7 @@ pub fn print(
     total.extend(cost.seconds.iter().map(|(_, s)| format!("{s:.1}")));
     total.resize(width, String::new());
     rows.push(total);
-    print!("{}", columns(&rows));
+    print!("{}", aligned(&rows, &(1..width).collect::<Vec<_>>()));
     println!(
         "set-up {} MB each way and {} MB of keys for the word lookup, once a run",
         mb(cost.setup_bytes[0]),
@@ -263,12 +272,4 @@ pub fn print(
         gib(cost.memory[2])
     );
     Ok(())
-}
-
-fn columns(rows: &[Vec<String>]) -> String {
-    let rows: Vec<[String; 10]> = rows
-        .iter()
-        .filter_map(|r| <[String; 10]>::try_from(r.clone()).ok())
-        .collect();
-    aligned(&rows, &[1, 2, 3, 4, 5, 6, 7, 8, 9])
 }

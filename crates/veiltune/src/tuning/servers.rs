@@ -135,7 +135,9 @@ pub struct Station {
 }
 
 /// Time for which one look for a caller waits.
-const POLL: Duration = Duration::from_millis(500);
+const POLL: Duration = Duration::from_millis(200);
+/// What callers are told during a run; they call again.
+const BUSY: &str = "busy with another run";
 /// Longest silence on a link: between generations the data owner computes.
 const IDLE: Duration = Duration::from_secs(120);
 /// Longest wait for a message of somebody who gives signs of life: a pass over a large model and many texts takes hours.
@@ -182,8 +184,14 @@ impl Station {
         )?))
     }
 
-    /// Waits for one of `roles` to call, at most `wait`.
-    fn accept(&self, listener: &Listener, roles: &[Role], wait: Duration) -> Result<(Role, Arc<dyn Link>)> {
+    /// Waits for one of `roles` to call, at most `wait`, and as long as `go_on` has no objection.
+    fn accept(
+        &self,
+        listener: &Listener,
+        roles: &[Role],
+        wait: Duration,
+        go_on: &dyn Fn() -> Result<()>,
+    ) -> Result<(Role, Arc<dyn Link>)> {
         let names: Vec<_> = roles.iter().map(|r| r.identity()).collect();
         let deadline = std::time::Instant::now() + wait;
         loop {
@@ -200,6 +208,7 @@ impl Station {
                     std::thread::sleep(Duration::from_millis(20));
                 }
             }
+            go_on()?;
             // Callers that are sent away do not make it wait longer.
             if std::time::Instant::now() >= deadline {
                 return Err(Error::Wire(veiltune_wire::Error::NobodyCame {
@@ -211,17 +220,45 @@ impl Station {
         }
     }
 
-    /// Waits for a server to call for the run that goes on; others are told that it does.
-    fn accept_server(&self, listener: &Listener, servers: &[Role]) -> Result<(Role, Arc<dyn Link>)> {
+    /// Waits for a server to call for the run of `owner`, who may give up meanwhile; others are told that it goes on.
+    fn accept_server(
+        &self,
+        listener: &Listener,
+        servers: &[Role],
+        owner: &dyn Link,
+    ) -> Result<(Role, Arc<dyn Link>)> {
         let mut roles = servers.to_vec();
         roles.extend([Role::ModelOwner, Role::DataOwner]);
         loop {
-            let (role, link) = self.accept(listener, &roles, self.options.connect)?;
+            let (role, link) = self.accept(listener, &roles, self.options.connect, &|| Ok(owner.check()?))?;
             if servers.contains(&role) {
                 return Ok((role, link));
             }
-            link.abort("busy with another run; try again later");
+            link.abort(BUSY);
         }
+    }
+
+    /// Does `work`, and tells meanwhile whoever calls that it goes on.
+    fn alone<T>(&self, listener: &Listener, work: impl FnOnce() -> T) -> T {
+        struct Done<'a>(&'a AtomicBool);
+        impl Drop for Done<'_> {
+            fn drop(&mut self) {
+                self.0.store(true, Relaxed);
+            }
+        }
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Relaxed) {
+                    let roles = [Role::ModelOwner, Role::DataOwner];
+                    if let Ok((_, link)) = self.accept(listener, &roles, POLL, &|| Ok(())) {
+                        link.abort(BUSY);
+                    }
+                }
+            });
+            let _done = Done(&done);
+            work()
+        })
     }
 
     /// Both sides make sure that they are about to run the same thing.
@@ -237,6 +274,25 @@ impl Station {
     }
 }
 
+/// Time after which whoever was busy is called again.
+const AGAIN: Duration = Duration::from_millis(500);
+
+/// Does `what` until nobody is busy with another run.
+pub fn patiently<T>(mut what: impl FnMut() -> Result<T>) -> Result<T> {
+    let mut told = false;
+    loop {
+        match what() {
+            Err(Error::Wire(veiltune_wire::Error::PeerAborted { peer, reason })) if reason == BUSY => {
+                if !std::mem::replace(&mut told, true) {
+                    eprintln!("{peer} is busy with another run; waiting until it is free");
+                }
+                std::thread::sleep(AGAIN);
+            }
+            other => return other,
+        }
+    }
+}
+
 // ---- sharing a model ----
 
 /// Rows of the word table that are sent at a time.
@@ -247,9 +303,20 @@ pub fn inventory(model: &LanguageConfig) -> Result<Vec<(String, Vec<usize>)>> {
     Ok(LanguageCheckpoint::inventory(model)?)
 }
 
-/// The model owner's part: every server gets its shares. `table` is the word table `[vocabulary, width]`, a decoder's bias last
+/// The model owner's part: every server gets its shares, once all are free. `table` is the word table `[vocabulary, width]`, a decoder's bias last
 /// in each row; `progress` hears which part of all is done.
 pub fn share(
+    station: &Station,
+    public: &PublicModel,
+    weights: &Tensors,
+    table: &[f32],
+    addresses: &[(Role, String)],
+    progress: &mut dyn FnMut(f64),
+) -> Result<()> {
+    patiently(|| try_to_share(station, public, weights, table, addresses, progress))
+}
+
+fn try_to_share(
     station: &Station,
     public: &PublicModel,
     weights: &Tensors,
@@ -265,6 +332,8 @@ pub fn share(
         for link in links.values() {
             talk::send(link, &Request::Share(Box::new(public.clone())))?;
         }
+        let all_say_so = || links.values().try_for_each(|link| link.recv(&mut [0]));
+        all_say_so()?;
         let [first, second, assistant] =
             [Role::Server0, Role::Server1, Role::Assistant].map(|role| links.get(&role));
         let (Some(first), Some(second), Some(assistant)) = (first, second, assistant) else {
@@ -317,11 +386,10 @@ pub fn share(
             done += words.len();
             progress(done as f64 / all as f64);
         }
-        // Each says when it has stored its part.
-        for link in links.values() {
-            link.recv(&mut [0])?;
-        }
-        Ok(())
+        // Nobody offers the model before all have stored their parts.
+        all_say_so()?;
+        links.values().try_for_each(|link| link.send(vec![1]))?;
+        Ok(all_say_so()?)
     };
     work().inspect_err(|e| links.values().for_each(|link| link.abort(&e.for_peer())))?;
     links.values().try_for_each(|link| Ok(link.close()?))
@@ -340,10 +408,14 @@ fn take_share(store: &Store, holder: Holder, public: &PublicModel, link: &dyn Li
             "a model of that fingerprint is here already".into(),
         ));
     }
+    link.send(vec![1])?;
     store.begin(public)?;
-    take_parts(store, holder, public, link)
-        .and_then(|()| store.complete(public))
-        .inspect_err(|_| store.forget(&public.fingerprint))?;
+    let taken = take_parts(store, holder, public, link).and_then(|()| {
+        link.send(vec![1])?;
+        link.recv(&mut [0])?;
+        store.complete(public)
+    });
+    taken.inspect_err(|_| store.forget(&public.fingerprint))?;
     link.send(vec![1])?;
     Ok(link.close()?)
 }
@@ -421,8 +493,8 @@ impl Service {
         match needed <= self.memory {
             true => Ok(()),
             false => Err(Error::Refused(format!(
-                "the run needs {:.1} GiB of memory here, {:.1} are given to it; let fewer prompts share a pass (--together), or \
-                 fewer texts",
+                "the run needs {:.1} GiB of memory here, {:.1} are given to it; let fewer prompts (--together) or texts (--batch) \
+                 share a pass",
                 gib(needed),
                 gib(self.memory)
             ))),
@@ -437,11 +509,12 @@ pub fn serve(station: &Station, service: &Service, listening: &dyn Fn(std::net::
     listening(listener.address());
     let mut runs = 0;
     while service.runs.is_none_or(|most| runs < most) && !service.stop.load(Relaxed) {
-        let (role, link) = match station.accept(&listener, &[Role::ModelOwner, Role::DataOwner], POLL) {
-            Ok(call) => call,
-            Err(Error::Wire(veiltune_wire::Error::NobodyCame { .. })) => continue,
-            Err(e) => return Err(e),
-        };
+        let (role, link) =
+            match station.accept(&listener, &[Role::ModelOwner, Role::DataOwner], POLL, &|| Ok(())) {
+                Ok(call) => call,
+                Err(Error::Wire(veiltune_wire::Error::NobodyCame { .. })) => continue,
+                Err(e) => return Err(e),
+            };
         let served = answer(station, service, &store, &listener, role, &link, &mut runs);
         if let Err(e) = served {
             tracing::warn!("serving {} failed: {e}", role.name());
@@ -466,7 +539,9 @@ fn answer(
         _ => Holder::Assistant,
     };
     match (caller, talk::receive(link)?) {
-        (Role::ModelOwner, Request::Share(public)) => take_share(store, holder, &public, link),
+        (Role::ModelOwner, Request::Share(public)) => {
+            station.alone(listener, || take_share(store, holder, &public, link))
+        }
         (Role::DataOwner, Request::Models) => {
             talk::send(link, &store.models()?)?;
             Ok(link.close()?)
@@ -516,12 +591,13 @@ fn assist(
     let program = run.program(&public.config);
     let plan = program.plan()?;
     service.check(super::plan::memory(&plan.tally.memory, model, &run.shape)[2])?;
+    owner.send(vec![1])?;
     let selections = lookup::receive_keys(owner, Holder::Assistant, rows, domain)?;
     let masks = seeds(store, &run.model, Part::Masks, 2)?;
     let mut links = BTreeMap::new();
     let work = (|| -> Result<()> {
         while links.len() < 2 {
-            let (role, link) = station.accept_server(listener, &[Role::Server0, Role::Server1])?;
+            let (role, link) = station.accept_server(listener, &[Role::Server0, Role::Server1], owner)?;
             links.insert(role, link);
         }
         for (role, link) in &links {
@@ -539,7 +615,9 @@ fn assist(
             talk::send_words(&links[&to], &sums)?;
         }
         let both = [Role::Server0, Role::Server1].map(|role| links[&role].clone());
-        session::serve_material(&program, PASSES, both, |_| Ok(()))?;
+        station.alone(listener, || {
+            session::serve_material(&program, PASSES, both, |_| Ok(()))
+        })?;
         Ok(())
     })();
     work.inspect_err(|e| links.values().for_each(|link| link.abort(&e.for_peer())))?;
@@ -568,6 +646,7 @@ fn compute(
     let program = run.program(model);
     let plan = program.plan()?;
     service.check(super::plan::memory(&plan.tally.memory, model, &run.shape)[party.index()])?;
+    owner.send(vec![1])?;
     // The data owner's inputs: server 0 expands its shares from a seed.
     let inputs = match party {
         Party::P0 => {
@@ -589,7 +668,7 @@ fn compute(
         station.greet(&assistant, Role::Assistant, run, plan.program)?;
         let other = Role::server(party.peer());
         let link = match party {
-            Party::P0 => station.accept_server(listener, &[other])?.1,
+            Party::P0 => station.accept_server(listener, &[other], owner)?.1,
             Party::P1 => station.call(other, &address(&service.peer, "server 0")?)?,
         };
         peer = Some(link.clone());
@@ -633,7 +712,7 @@ fn compute(
             ahead: Some(super::plan::AHEAD),
             outside: Box::new(outside),
         };
-        session.run(&program, PASSES, |_, _| Ok(()))?;
+        station.alone(listener, || session.run(&program, PASSES, |_, _| Ok(())))?;
         Ok(link.close()?)
     })();
     work.inspect_err(|e| {

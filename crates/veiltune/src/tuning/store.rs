@@ -59,6 +59,11 @@ const MOST: u128 = 1 << 34;
 impl PublicModel {
     /// Refuses what no model has, and what would only exhaust memory.
     pub fn check(&self) -> Result<()> {
+        if self.name.is_empty() || self.name.len() > 200 || self.name.chars().any(char::is_control) {
+            return Err(Error::Refused(
+                "a model's name has 1 to 200 bytes and no control characters".into(),
+            ));
+        }
         let c = &self.config;
         c.check()?;
         let [d, heads, groups, width, mlp, layers] = [

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use veiltune_engine::{Comparison, Fixed, Plain};
 use veiltune_nn::language::{Attention, LanguageCheckpoint};
-use veiltune_tune::{Evaluate, Example, Prompt, Slot, Split, Task};
+use veiltune_tune::{Evaluate, Example, Prompt, Settings, Slot, Split, Task};
 use veiltune_wire::Network;
 use veiltune_wire::pki::Authority;
 
@@ -433,35 +433,62 @@ fn servers_outlive_a_data_owner_that_vanishes() {
         assert!(endless.check().unwrap_err().to_string().contains("parameters"));
         let station = place.station(Role::DataOwner);
         let rows = table_rows(&public.config);
-        let begin = |shape: &super::program::Shape| {
+        let begin_at = |addresses: &Addresses, shape: &super::program::Shape| {
             let run = new_run(&public, shape.clone(), Comparison::MaskedBits).unwrap();
             Remote::begin(&station, addresses, &run, rows, &texts)
         };
+        let begin = |shape: &super::program::Shape| begin_at(addresses, shape);
         // A prompt beyond the end of a text is refused, and said to be.
         let impossible = super::program::Shape {
             prompt: 8,
             ..shape.clone()
         };
-        let refused =
-            begin(&impossible).and_then(|mut r| r.logits(super::program::Pass::Generation, &[0.0; 256]));
-        let refused = refused.unwrap_err().to_string();
+        let refused = begin(&impossible).err().unwrap().to_string();
         assert!(
             refused.contains("prompt") || refused.contains("texts of 8 tokens"),
             "{refused}"
         );
+        // One that the assistant has consented to, but finds no server: the assistant does not go on waiting for them.
+        let mut swapped = addresses.clone();
+        swapped.servers.reverse();
+        let start = std::time::Instant::now();
+        assert!(begin_at(&swapped, &shape).is_err());
         drop(begin(&shape).unwrap());
-        // Until they have noticed, they are busy.
-        let mut remote = (0..200)
-            .find_map(|_| {
-                std::thread::sleep(Duration::from_millis(100));
-                begin(&shape).ok()
-            })
-            .unwrap();
-        let prompt = vec![0.1; 2 * ready.config.hidden_size];
-        let logits = remote.logits(super::program::Pass::Generation, &prompt).unwrap();
-        assert_eq!(logits.len(), 2);
-        remote.end().unwrap();
+        assert!(start.elapsed() < WAIT, "{:?}", start.elapsed());
+        // Until they have noticed, they are busy, and it waits.
+        let mut remote = begin(&shape).unwrap();
+        // As does another data owner, until the run has ended.
+        let ended = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let second = scope.spawn(|| {
+                let models = owner::models(&place.station(Role::DataOwner), addresses).unwrap();
+                assert!(ended.load(Relaxed), "answered during a run");
+                models
+            });
+            let prompt = vec![0.1; 2 * ready.config.hidden_size];
+            for _ in 0..3 {
+                std::thread::sleep(Duration::from_millis(300));
+                let logits = remote.logits(super::program::Pass::Generation, &prompt).unwrap();
+                assert_eq!(logits.len(), 2);
+            }
+            ended.store(true, Relaxed);
+            remote.end().unwrap();
+            assert_eq!(second.join().unwrap()[0].name, "tiny");
+        });
     });
+}
+
+#[test]
+fn an_encoder_without_words_to_answer_with_is_refused() {
+    let mut checkpoint = checkpoint!("bert");
+    checkpoint.config.has_head = false;
+    let how = Calibration {
+        texts: &[],
+        tokens: 12,
+        margin: 2.0,
+    };
+    let refused = model::ready(&checkpoint, Attention::Softmax, &how).err().unwrap();
+    assert!(refused.to_string().contains("no masked-LM head"), "{refused}");
 }
 
 #[test]
@@ -481,7 +508,13 @@ fn a_plan_is_what_the_passes_cost() {
         together: 4,
     };
     let plan = |shape: &super::program::Shape, budget| {
-        super::plan::cost(&ready.config, shape, Comparison::Fss, budget, 8).unwrap()
+        let settings = Settings {
+            population: shape.candidates.max(2),
+            budget,
+            validate_every: 8,
+            ..Settings::default()
+        };
+        super::plan::cost(&ready.config, shape, Comparison::Fss, &settings, &Network::NONE).unwrap()
     };
     let whole = plan(&shape, 16);
     assert_eq!(whole.passes, [4, 5]);

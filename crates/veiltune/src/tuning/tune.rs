@@ -1,7 +1,7 @@
 //! `veiltune tune`: the data owner's side of prompt tuning, on the servers or, for who has the model, in the clear.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
@@ -131,14 +131,16 @@ impl CalibrationArgs {
         attention: Attention,
         tokens: usize,
     ) -> Result<Ready> {
+        if !(1.0..=1000.0).contains(&self.margin) {
+            return Err(Error::Input(format!(
+                "--margin {}: a factor of 1 to 1000, by which ranges are widened",
+                self.margin
+            )));
+        }
         let texts = match &self.samples {
             Some(path) => {
-                let bytes = files::read(path, 1 << 26).map_err(|e| Error::Input(e.to_string()))?;
-                String::from_utf8_lossy(&bytes)
-                    .lines()
-                    .filter(|l| !l.trim().is_empty())
-                    .map(str::to_owned)
-                    .collect()
+                let lines = crate::inputs::lines(path, false)?;
+                lines.into_iter().map(|line| line.first).collect()
             }
             None => Vec::new(),
         };
@@ -285,6 +287,17 @@ impl RunArgs {
         })
     }
 
+    /// What its cost depends on.
+    fn settings(&self) -> Settings {
+        Settings {
+            population: self.population,
+            budget: self.budget,
+            validate_every: self.validate_every,
+            seed: self.seed,
+            ..Settings::default()
+        }
+    }
+
     /// The one of the servers' models that is asked for.
     fn on_servers(&self, station: &Station, addresses: &Addresses) -> Result<PublicModel> {
         let fingerprint = find(&owner::models(station, addresses)?, self.model.as_deref())?;
@@ -320,6 +333,8 @@ impl RunArgs {
         let together = self.together.unwrap_or(self.population);
         let shape = ground.shape(&rows, chosen.train, self.population, together);
         shape.check(config)?;
+        // Words that the model cannot answer with are refused before anything is planned or begun.
+        ground.labels()?;
         Ok((ground, rows, shape))
     }
 
@@ -382,7 +397,7 @@ impl Ground<'_> {
     pub fn rows(&self, examples: &[&Example]) -> Result<Rows> {
         let words = Words(self.words);
         let padding = words.specials().pad.unwrap_or(0);
-        let limit = self.tokens.min(self.config.max_positions);
+        let limit = self.limit();
         Rows::new(&self.encoder(&words)?, examples, padding, self.bucket, limit)
     }
 
@@ -396,10 +411,24 @@ impl Ground<'_> {
             .collect())
     }
 
+    /// Most tokens of a row.
+    fn limit(&self) -> usize {
+        self.tokens.min(self.config.max_positions)
+    }
+
+    /// How many texts are cut, and what can be done about it.
+    pub fn cut(&self, rows: &Rows) -> String {
+        let (limit, all) = (self.limit(), rows.len());
+        let advice = match limit < self.tokens {
+            true => "all that the model takes",
+            false => "--tokens allows more",
+        };
+        format!("{} of {all} texts are cut to {limit} tokens: {advice}", rows.cut)
+    }
+
     fn encoder<'w>(&'w self, words: &'w Words<'w>) -> Result<Encoder<'w, Words<'w>>> {
-        let limit = self.tokens.min(self.config.max_positions);
         let family = model::template(self.config);
-        Encoder::new(words, self.task, family, self.slot.clone(), limit).map_err(tune)
+        Encoder::new(words, self.task, family, self.slot.clone(), self.limit()).map_err(tune)
     }
 
     /// Sizes of a run on these rows, of which the first `train` are tuned on.
@@ -503,31 +532,38 @@ pub fn plan(args: &PlanArgs) -> Result<()> {
         &config,
         &shape,
         comparison,
-        run.budget,
-        run.validate_every,
+        &run.settings(),
+        &run.servers.network,
         args.json,
     )
 }
 
 /// The fingerprint of the model that is asked for, of those that the servers have.
 pub fn find(models: &[Listed], name: Option<&str>) -> Result<String> {
-    let known: Vec<&str> = models.iter().map(|m| m.name.as_str()).collect();
-    let mut fit = models
-        .iter()
-        .filter(|m| name.is_none_or(|n| m.name == n || m.fingerprint.starts_with(n)));
-    match (fit.next(), fit.next()) {
-        (Some(model), None) => Ok(model.fingerprint.clone()),
-        (None, _) => Err(Error::Input(format!(
+    let known = |models: &[&Listed]| -> String {
+        let one = |m: &&Listed| {
+            format!(
+                "{} ({})",
+                m.name,
+                m.fingerprint.get(..12).unwrap_or(&m.fingerprint)
+            )
+        };
+        models.iter().map(one).collect::<Vec<_>>().join(", ")
+    };
+    let fits = |m: &&Listed| name.is_none_or(|n| m.name == n || m.fingerprint.starts_with(n));
+    let fit: Vec<&Listed> = models.iter().filter(fits).collect();
+    match fit[..] {
+        [model] => Ok(model.fingerprint.clone()),
+        [] => Err(Error::Input(format!(
             "both servers have {}; have its owner `veiltune share` the model, or give another name to --model",
-            if known.is_empty() {
-                "no model".into()
-            } else {
-                known.join(", ")
+            match models.is_empty() {
+                true => "no model".into(),
+                false => known(&models.iter().collect::<Vec<_>>()),
             }
         ))),
-        (Some(_), Some(_)) => Err(Error::Input(format!(
-            "the servers have {}: say which one with --model",
-            known.join(", ")
+        _ => Err(Error::Input(format!(
+            "the servers have {}: say which one with --model, by its name or the beginning of its fingerprint",
+            known(&fit)
         ))),
     }
 }
@@ -546,6 +582,7 @@ fn remote(args: &TuneArgs, chosen: &Chosen) -> Result<()> {
         ids,
         keep: rows.keep.clone(),
     };
+    let checkpoint = open_output(&args.output)?;
     let mut remote = Remote::begin(
         &station,
         &addresses,
@@ -553,26 +590,27 @@ fn remote(args: &TuneArgs, chosen: &Chosen) -> Result<()> {
         super::program::table_rows(&public.config),
         &texts,
     )?;
+    let bytes = remote.counter();
     let answer = optimise(
         args,
         &ground,
         &rows,
         chosen.train,
         (&public.name, &public.fingerprint, public.deviation),
-        "servers",
+        ("servers", &checkpoint, &|| Some(bytes())),
         &mut remote,
     );
     match answer {
-        Ok((mut answer, _)) => {
-            answer.bytes = Some(remote.bytes());
+        Ok((mut answer, outcome)) => {
+            answer.bytes = Some(bytes());
             remote.end()?;
-            say(args, &answer)
+            say(args, &answer, &outcome)
         }
         Err(e) => {
             remote.abort(&e.for_peer());
             Err(match e {
                 Error::Wire(_) | Error::Engine(_) => Error::Input(format!(
-                    "{e}; what was tuned so far is kept: start the same command again, and it goes on"
+                    "{e}; what was tuned so far is kept: once the cause is mended, the same command goes on"
                 )),
                 e => e,
             })
@@ -606,6 +644,9 @@ pub fn new_run(public: &PublicModel, shape: Shape, comparison: Comparison) -> Re
 }
 
 fn local<B: InTheClear>(args: &TuneArgs, chosen: &Chosen) -> Result<()> {
+    let test = args.test.as_ref().map(|path| chosen.task.examples(path));
+    let test = test.transpose().map_err(tune)?;
+    let out = open_output(&args.output)?;
     let checkpoint = args.run.open()?;
     let attention = args.run.attention.attention();
     let ready = args
@@ -631,12 +672,11 @@ fn local<B: InTheClear>(args: &TuneArgs, chosen: &Chosen) -> Result<()> {
         &rows,
         chosen.train,
         identity,
-        args.interpreter.name(),
+        (args.interpreter.name(), &out, &|| None),
         &mut evaluate,
     )?;
     drop(evaluate);
-    if let Some(path) = &args.test {
-        let all = chosen.task.examples(path).map_err(tune)?;
+    if let Some(all) = test.filter(|_| outcome.ended != Ended::Interrupted) {
         let some: Vec<&Example> = subset(all.len(), args.test_limit, args.run.seed)
             .into_iter()
             .map(|i| &all[i])
@@ -648,7 +688,15 @@ fn local<B: InTheClear>(args: &TuneArgs, chosen: &Chosen) -> Result<()> {
         answer.linear_test = Some(linear(&ground, &ready, &shape, chosen, &some)?);
         answer.test_texts = some.len();
     }
-    say(args, &answer)
+    say(args, &answer, &outcome)
+}
+
+/// Makes the folder of a run; its checkpoint, which may not be there yet. Prompt and losses are the data owner's alone.
+fn open_output(output: &Path) -> Result<PathBuf> {
+    let checkpoint = output.join("checkpoint.json");
+    crate::learn::check_adapter(output, &checkpoint, "--output")?;
+    files::private_folder(output)?;
+    Ok(checkpoint)
 }
 
 /// The data owner's part as a clear interpreter takes it.
@@ -730,10 +778,7 @@ fn pooled(ground: &Ground, ready: &Ready, shape: &Shape, examples: &[&Example]) 
         true => special.bos,
         false => special.cls,
     };
-    let (width, limit) = (
-        table_width(&ready.config),
-        ground.tokens.min(ground.config.max_positions),
-    );
+    let (width, limit) = (table_width(&ready.config), ground.limit());
     let mut features = Vec::new();
     for example in examples {
         let mut ids: Vec<u32> = begin.into_iter().collect();
@@ -810,21 +855,18 @@ fn optimise(
     rows: &Rows,
     train: usize,
     (name, fingerprint, deviation): (&str, &str, f64),
-    interpreter: &'static str,
+    (interpreter, checkpoint, bytes): (&'static str, &Path, &dyn Fn() -> Option<[u64; 2]>),
     evaluate: &mut dyn Evaluate,
 ) -> Result<(Answer, Outcome)> {
     let settings = Settings {
-        population: args.run.population,
         sigma: args.sigma,
-        budget: args.run.budget,
-        validate_every: args.run.validate_every,
         patience: args.patience,
         loss: match args.hinge {
             true => Loss::Hinge { margin: 2.0 },
             false => Loss::CrossEntropy,
         },
         metric: ground.task.metric,
-        seed: args.run.seed,
+        ..args.run.settings()
     };
     let classes = ground.task.labels.len();
     let hidden = ground.config.hidden_size;
@@ -839,27 +881,19 @@ fn optimise(
     .map_err(tune)?;
     let attention = json!(ground.config.attention);
     let identity = identity(args, ground, rows, train, (fingerprint, deviation))?;
-    // Prompt and losses are the data owner's alone.
-    files::private_folder(&args.output)?;
-    let checkpoint = args.output.join("checkpoint.json");
     let mut tuner = Tuner::open(
         settings,
         projection,
         rows.split(train, classes),
         &identity,
-        &checkpoint,
+        checkpoint,
     )
     .map_err(tune)?;
     if tuner.evaluations() > 0 {
         eprintln!("going on after {} evaluations", tuner.evaluations());
     }
     if rows.cut > 0 {
-        eprintln!(
-            "{} of {} texts are cut to {} tokens; --tokens allows more",
-            rows.cut,
-            rows.len(),
-            ground.tokens
-        );
+        eprintln!("{}", ground.cut(rows));
     }
     let stop = Arc::new(AtomicBool::new(false));
     let flag = stop.clone();
@@ -882,8 +916,11 @@ fn optimise(
         let loss = p
             .train
             .map_or(String::new(), |b| format!("loss {:.3}, ", b.score.loss));
+        let passed = bytes().map_or(String::new(), |[sent, received]| {
+            format!(", {:.1} MB", (sent + received) as f64 / 1e6)
+        });
         eprintln!(
-            "{} of {} evaluations: {loss}best in validation {metric} {:.3}{left}",
+            "{} of {} evaluations: {loss}best in validation {metric} {:.3}{passed}{left}",
             p.record.evaluations, p.budget, p.best.score.metric
         );
     });
@@ -964,12 +1001,21 @@ fn identity(
     Ok(hex(&Sha256::digest(all)))
 }
 
-fn say(args: &TuneArgs, answer: &Answer) -> Result<()> {
+/// Prints it. An interrupted run is whole as far as it came, but a script has to know.
+fn say(args: &TuneArgs, answer: &Answer, outcome: &Outcome) -> Result<()> {
     if args.json {
         let text = serde_json::to_string_pretty(answer).map_err(|e| Error::Input(e.to_string()))?;
         println!("{text}");
-        return Ok(());
+    } else {
+        print!("{}", summary(answer));
     }
+    match outcome.ended {
+        Ended::Interrupted => Err(Error::Interrupted),
+        _ => Ok(()),
+    }
+}
+
+fn summary(answer: &Answer) -> String {
     let mut lines = BTreeMap::from([
         (
             0,
@@ -1009,6 +1055,5 @@ fn say(args: &TuneArgs, answer: &Answer) -> Result<()> {
         );
     }
     lines.insert(4, format!("the prompt is in {}", answer.output));
-    lines.values().for_each(|line| println!("{line}"));
-    Ok(())
+    lines.values().map(|line| format!("{line}\n")).collect()
 }
