@@ -208,14 +208,6 @@ impl Ring {
         self.mul_scalar(1u64.checked_shl(bits).unwrap_or(0))
     }
 
-    /// Every element shifted right by `bits`, zeros coming in; 0 from 64 bits on.
-    pub fn shr(&self, bits: u32) -> Ring {
-        match bits {
-            0..=63 => self.map(|x| x >> bits),
-            _ => Ring::zeros(self.dims.as_slice()),
-        }
-    }
-
     /// `f` of every element.
     pub fn map(&self, f: impl Fn(u64) -> u64 + Sync) -> Ring {
         let x = self.as_slice();
@@ -400,30 +392,6 @@ impl Ring {
         Ok(Self::from_rows(dims, len * inner, |row, col, out| {
             out.copy_from_slice(&x[(row * size + start) * inner + col..][..out.len()]);
         }))
-    }
-
-    /// The entries of dimension `dim` that `indices` names, in that order, repeats allowed.
-    ///
-    /// # Errors
-    /// [`Error::Range`] if there is no such dimension or entry.
-    pub fn index_select(&self, dim: usize, indices: &[usize]) -> Result<Ring, Error> {
-        let [_, size, inner] = self.split("index_select", dim)?;
-        if let Some(&index) = indices.iter().find(|&&i| i >= size) {
-            return Err(Error::Range {
-                op: "index_select",
-                index,
-                dims: self.dims.clone(),
-            });
-        }
-        let x = self.as_slice();
-        Ok(Self::from_rows(
-            self.with_dim(dim, indices.len()),
-            inner,
-            |row, col, out| {
-                let (outer, i) = (row / indices.len(), row % indices.len());
-                out.copy_from_slice(&x[(outer * size + indices[i]) * inner + col..][..out.len()]);
-            },
-        ))
     }
 
     /// `parts` one after the other along dimension `dim`; their other dimensions must agree.

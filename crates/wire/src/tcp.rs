@@ -17,7 +17,7 @@ use rustls::{Connection, ServerConfig};
 
 pub use crate::duplex::TcpLink;
 use crate::{
-    Error, Identity, Link, Options, Result,
+    Error, Identity, Options, Result,
     error::sanitise,
     frame::{GREETING, HEADER, Kind, header, parse_header},
     link::later,
@@ -105,32 +105,6 @@ impl Listener {
             setup.say(Kind::Hello, GREETING)?;
             setup.expect_greeting()
         })
-    }
-
-    /// Waits until each of `expected` has called, in any order, and returns the links in the order of
-    /// `expected`.
-    ///
-    /// # Errors
-    /// As [`accept`](Listener::accept), at the first call that fails.
-    pub fn accept_each(&self, expected: &[Identity]) -> Result<Vec<TcpLink>> {
-        let mut links: Vec<Option<TcpLink>> = expected.iter().map(|_| None).collect();
-        loop {
-            let missing: Vec<Identity> = expected
-                .iter()
-                .zip(&links)
-                .filter(|(_, link)| link.is_none())
-                .map(|(who, _)| who.clone())
-                .collect();
-            if missing.is_empty() {
-                return Ok(links.into_iter().flatten().collect());
-            }
-            let link = self.accept(&missing)?;
-            let place = expected
-                .iter()
-                .zip(&links)
-                .position(|(who, there)| who == link.peer() && there.is_none());
-            links[place.expect("accept returns one of the missing")] = Some(link);
-        }
     }
 }
 
