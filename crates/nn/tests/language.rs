@@ -401,6 +401,17 @@ fn changed(
 #[test]
 fn a_missing_or_misshaped_tensor_is_named() {
     let b = Plain::new();
+    // Weights of one family under another's configuration.
+    let words = "bert.embeddings.word_embeddings.weight";
+    let renamed = |t: &mut Tensors| {
+        let table = t.remove(words).unwrap();
+        t.insert("model.embed_tokens.weight".into(), table);
+    };
+    let text = changed("bert", renamed, |_| ()).err().unwrap().to_string();
+    assert!(
+        text.contains("embeddings.word_embeddings.weight") && text.contains("another family"),
+        "{text}"
+    );
     for (case, name) in [
         ("bert", "bert.encoder.layer.1.attention.self.query.weight"),
         ("minilm", "embeddings.position_embeddings.weight"),

@@ -216,6 +216,10 @@ fn bad_input_is_named() {
     std::fs::write(&foreign, "{}").expect("a file");
     check(&one, &["adapter_config.json", "overwritten"]);
     std::fs::remove_file(&foreign).expect("there");
+    let lock = std::fs::File::create(std::path::Path::new(out).join("lock")).expect("a file");
+    lock.lock().expect("nobody else has it");
+    check(&one, &["another `veiltune tune`"]);
+    drop(lock);
     refused(&["classify", "--keys", out, "--text", &shots], &["--prompt"]);
     refused(
         &["classify", "--keys", out, "--provider", "127.0.0.1:1", &shots],

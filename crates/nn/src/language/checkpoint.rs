@@ -361,6 +361,14 @@ impl LanguageCheckpoint {
         if !checkpoint.has(layout::WORDS) {
             checkpoint.prefix = "";
         }
+        if !checkpoint.has(layout::WORDS) {
+            let family = checkpoint.config.family;
+            return Err(Error::Config(format!(
+                "there is no word table under the name that {family:?} models have for it ({}): the weights are incomplete, or of \
+                 another family than the configuration says",
+                layout::stored(family, format, layout::WORDS).map_or_else(String::new, |(name, _)| name)
+            )));
+        }
         let has_head = checkpoint.has("head.dense.weight");
         checkpoint.config.has_head = has_head;
         checkpoint.config.check()?;

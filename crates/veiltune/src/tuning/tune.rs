@@ -1,6 +1,7 @@
 //! `veiltune tune`: the data owner's side of prompt tuning, on the servers or, for who has the model, in the clear.
 
 use std::collections::BTreeMap;
+use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -582,7 +583,7 @@ fn remote(args: &TuneArgs, chosen: &Chosen) -> Result<()> {
         ids,
         keep: rows.keep.clone(),
     };
-    let checkpoint = open_output(&args.output)?;
+    let (checkpoint, _lock) = open_output(&args.output)?;
     let mut remote = Remote::begin(
         &station,
         &addresses,
@@ -646,7 +647,7 @@ pub fn new_run(public: &PublicModel, shape: Shape, comparison: Comparison) -> Re
 fn local<B: InTheClear>(args: &TuneArgs, chosen: &Chosen) -> Result<()> {
     let test = args.test.as_ref().map(|path| chosen.task.examples(path));
     let test = test.transpose().map_err(tune)?;
-    let out = open_output(&args.output)?;
+    let (checkpoint_file, _lock) = open_output(&args.output)?;
     let checkpoint = args.run.open()?;
     let attention = args.run.attention.attention();
     let ready = args
@@ -672,7 +673,7 @@ fn local<B: InTheClear>(args: &TuneArgs, chosen: &Chosen) -> Result<()> {
         &rows,
         chosen.train,
         identity,
-        (args.interpreter.name(), &out, &|| None),
+        (args.interpreter.name(), &checkpoint_file, &|| None),
         &mut evaluate,
     )?;
     drop(evaluate);
@@ -691,12 +692,22 @@ fn local<B: InTheClear>(args: &TuneArgs, chosen: &Chosen) -> Result<()> {
     say(args, &answer, &outcome)
 }
 
-/// Makes the folder of a run; its checkpoint, which may not be there yet. Prompt and losses are the data owner's alone.
-fn open_output(output: &Path) -> Result<PathBuf> {
+/// Makes the folder of a run; its checkpoint, which may not be there yet, and what keeps other runs out. Prompt and losses are the data owner's alone.
+fn open_output(output: &Path) -> Result<(PathBuf, File)> {
     let checkpoint = output.join("checkpoint.json");
     crate::learn::check_adapter(output, &checkpoint, "--output")?;
     files::private_folder(output)?;
-    Ok(checkpoint)
+    let path = output.join("lock");
+    let failed = |e| Error::io(path.display().to_string())(e);
+    let lock = File::create(&path).map_err(failed)?;
+    match lock.try_lock() {
+        Ok(()) => Ok((checkpoint, lock)),
+        Err(TryLockError::WouldBlock) => Err(Error::Input(format!(
+            "another `veiltune tune` runs in {}; wait for it, or give another folder to --output",
+            output.display()
+        ))),
+        Err(TryLockError::Error(e)) => Err(failed(e)),
+    }
 }
 
 /// The data owner's part as a clear interpreter takes it.
