@@ -175,6 +175,9 @@ pub struct Start {
     pub validation_loss: f64,
     /// Share of them that is right.
     pub validation_accuracy: f64,
+    /// Share of them that a head alone gets right, fitted likewise; of an adapter that few pictures are trained on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub head_accuracy: Option<f64>,
 }
 
 /// What is told of training as it goes on.
@@ -273,6 +276,16 @@ pub struct Report {
     pub start: Option<Start>,
     /// Epoch by epoch.
     pub curve: Vec<Epoch>,
+}
+
+impl Report {
+    /// The validation accuracies of the adapter and of a head alone, if the former is lower by more than chance explains: by more
+    /// than two standard errors of the difference, of `validated` pictures.
+    pub fn below_head(&self, validated: usize) -> Option<(f64, f64)> {
+        let own = self.validation_accuracy?;
+        let head = self.start?.head_accuracy?;
+        is_below(own, head, validated).then_some((own, head))
+    }
 }
 
 /// Trains, or goes on where an interrupted run in the same folder stopped, and calibrates.
@@ -486,6 +499,15 @@ fn initial(
     }
 }
 
+/// Whether a share of `count` is below another one by more than two standard errors of their difference.
+fn is_below(share: f64, other: f64, count: usize) -> bool {
+    let error = ((share * (1.0 - share) + other * (1.0 - other)) / count as f64).sqrt();
+    other - share > 2.0 * error
+}
+
+/// Pictures for each entry of a hidden state from which on an adapter's start is not compared with a head's.
+const FEW: usize = 8;
+
 /// Whether it starts at more than noise.
 fn has_start(task: &Task) -> bool {
     task.settings.warm && task.train.states.layers().is_some()
@@ -603,12 +625,23 @@ impl<'a> Run<'a> {
         }
         let progress = RefCell::new(progress);
         let seen = |what, done, of| (progress.borrow_mut())(Event::Starting { what, done, of });
+        let few = task.train.which.len() < FEW * task.method.hidden_size();
+        let head = match task.method {
+            Method::Owc(_) if few && !task.validation.which.is_empty() => {
+                // Adapters add nothing so far. All that is set here is set again below.
+                let head = self.ground(interrupted, &seen).head(task.method)?;
+                self.model.set(head)?;
+                self.validate()?
+            }
+            _ => None,
+        };
         let found = self.ground(interrupted, &seen).start(task.method)?;
         self.model.set(found)?;
         self.kept = self.model.tensors()?;
         self.done.start = self.validate()?.map(|v| Start {
             validation_loss: v.loss,
             validation_accuracy: v.accuracy,
+            head_accuracy: head.map(|v| v.accuracy),
         });
         self.done.seconds = self.seconds();
         self.save()
@@ -1099,6 +1132,23 @@ mod tests {
         }
     }
 
+    #[test]
+    fn few_pictures_say_little_of_which_is_better() {
+        assert!(is_below(0.1, 0.6, 10) && !is_below(0.4, 0.6, 10));
+        assert!(is_below(0.4, 0.6, 100) && !is_below(0.6, 0.4, 100));
+        assert!(!is_below(1.0, 1.0, 10) && is_below(0.0, 1.0, 1));
+        // Where there are few to train on, the start of adapters is compared with that of a head.
+        let world = World::new();
+        let method = world.owc(1, NormChoice::Batch);
+        let states = world.states(&method);
+        let settings = settings();
+        let start = run(&world.task(&method, &states, &settings))
+            .report
+            .start
+            .unwrap();
+        assert!(start.head_accuracy.unwrap() > 0.5, "{start:?}");
+    }
+
     /// Of linear adapters, one after the other, with what a norm does between them.
     #[test]
     fn a_start_computes_what_its_analysis_says() {
@@ -1379,6 +1429,7 @@ mod tests {
         assert_eq!(best(None, &[]), 0);
         let start = |validation_accuracy, validation_loss| {
             Some(Start {
+                head_accuracy: None,
                 validation_loss,
                 validation_accuracy,
             })

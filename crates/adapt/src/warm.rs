@@ -32,6 +32,12 @@ const MET: f64 = 0.995;
 /// What a LayerNorm adds to a variance.
 const LAYER_NORM_EPS: f64 = 1e-6;
 
+/// Share of what a classifier uses of an adapter's input that its whole variance is counted as, so that it chooses where nothing
+/// is used.
+const UNUSED: f64 = 1e-6;
+/// Directions are scaled to a variance of one, but for those in which the pictures do not vary: these have less than this.
+const VARIES: f64 = 0.5;
+
 /// What is added to a LayerNorm's inputs, or subtracted from them, whose deviations are one.
 const OFFSET: f64 = 2.0;
 
@@ -124,7 +130,7 @@ impl<F: Fn(&str, &[usize]) -> veiltune_engine::Result<Tensor> + Sync> Ground<'_,
     }
 
     /// A head fitted to what it is given, and its norm's averages if that is a batch norm.
-    fn head(&self, method: &Method) -> Result<Values> {
+    pub fn head(&self, method: &Method) -> Result<Values> {
         let (width, mut values) = (method.hidden_size(), Values::new());
         let views = self.pictures.states.views();
         // A head that hands on what it is given.
@@ -234,13 +240,13 @@ impl<F: Fn(&str, &[usize]) -> veiltune_engine::Result<Tensor> + Sync> Ground<'_,
             let mut u = inputs[0].clone();
             let (mut parts, mut gains) = (Vec::new(), Vec::new());
             for i in 0..s {
-                let z = down(&downs[i], &u)?;
+                let z = downs[i].of(&u)?;
                 let (normal, gain) = match c.norm {
                     NormChoice::Layer => layer_normal(&z)?,
                     NormChoice::Batch => (z.clone(), 1.0),
                 };
-                parts.push(class_row(&z)?);
-                parts.push(normal.mean(1)?);
+                parts.push(class_row(&z)?.broadcast_mul(&downs[i].used)?);
+                parts.push(normal.mean(1)?.broadcast_mul(&downs[i].used)?);
                 gains.push(gain * inputs[0].dim(0)? as f64);
                 u = match i + 1 < s {
                     true => (u + &inputs[i + 1])?,
@@ -303,15 +309,15 @@ impl<F: Fn(&str, &[usize]) -> veiltune_engine::Result<Tensor> + Sync> Ground<'_,
         let r = c.rank;
         let zeros = |dims| Tensor::zeros(dims, DType::F32, &Device::Cpu);
         let mut values = Values::new();
-        for (i, (Solved { up, project }, (down, bias))) in solved.iter().zip(downs).enumerate() {
+        for (i, (Solved { up, project }, down)) in solved.iter().zip(downs).enumerate() {
             let at = format!("adapters.{i}");
             let block = format!("{at}.block");
             let qkv = (self.initial)(&format!("{block}.attn.qkv.weight"), &[3 * r, r])?.detach();
             let identity = Tensor::eye(r, DType::F32, &Device::Cpu)?;
             let qkv = Tensor::cat(&[qkv.narrow(0, 0, 2 * r)?, identity], 0)?;
             values.extend([
-                (format!("{at}.down.weight"), down.clone()),
-                (format!("{at}.down.bias"), bias.clone()),
+                (format!("{at}.down.weight"), down.weight.clone()),
+                (format!("{at}.down.bias"), down.bias.clone()),
                 (
                     format!("{at}.up.weight"),
                     matrix(&(up * faer::Scale(1.0 / c.scale)))?,
@@ -337,7 +343,7 @@ impl<F: Fn(&str, &[usize]) -> veiltune_engine::Result<Tensor> + Sync> Ground<'_,
             let mut u = inputs[0].clone();
             let mut sums = Vec::new();
             for (i, (up, project)) in tensors.iter().enumerate() {
-                let z = down(&downs[i], &u)?;
+                let z = downs[i].of(&u)?;
                 sums.push([numbers(&z.mean((0, 1))?)?, numbers(&z.sqr()?.mean((0, 1))?)?]);
                 let normal = match c.norm {
                     NormChoice::Layer => layer_normal(&z)?.0,
@@ -414,7 +420,7 @@ impl Analysis {
             let wanted = of_mean * &norm - &on_mean * &up;
             let project = ridge(both.transpose() * &both)?.solve(both.transpose() * wanted);
             let project = if layer_norm { centred(&project) } else { project };
-            let down = double(&self.downs[i].0)?;
+            let down = double(&self.downs[i].weight)?;
             let through_row = &on_row * &up * &down;
             let through_mean = (&both * &project + &on_mean * &up) * &down;
             on_row += through_row;
@@ -489,14 +495,18 @@ fn projections_down(c: &OwcConfig, fit: &Discriminant, states: &[f32]) -> Result
         };
         let of_row = part(1 + 2 * i) - next_row;
         let of_mean = part(2 + 2 * i) - next_mean;
-        let (map, mut bias) = directions(&of_row, &of_mean, &sums, c.rank)?;
+        let Directions { map, mut bias, used } = directions(&of_row, &of_mean, &sums, c.rank)?;
         if c.norm == NormChoice::Layer {
             // A LayerNorm's divisor then changes little from token to token, and is nowhere near zero.
             for (j, v) in bias.iter_mut().enumerate() {
                 *v += if j % 2 == 0 { OFFSET } else { -OFFSET };
             }
         }
-        downs.push((matrix(&map)?, vector(bias)?));
+        downs.push(Down {
+            weight: matrix(&map)?,
+            bias: vector(bias)?,
+            used: vector(used)?,
+        });
     }
     Ok(downs)
 }
@@ -510,15 +520,25 @@ fn is_linear(c: &OwcConfig) -> bool {
 /// Mean and variance of each feature.
 type Moments = (Vec<f64>, Vec<f64>);
 
-/// Weight `[rank, d]` and bias `[rank]` of an adapter's projection down.
-type Down = (Tensor, Tensor);
+/// An adapter's projection down.
+struct Down {
+    /// `[rank, d]`.
+    weight: Tensor,
+    /// `[rank]`.
+    bias: Tensor,
+    /// `[rank]`: 1 where it gives what the classifier uses; 0 where it gives what only training may come to use. Whatever is fitted
+    /// to that is what few pictures are learnt by heart with.
+    used: Tensor,
+}
 
-/// `[batch, tokens, rank]` of `u [batch, tokens, d]`.
-fn down((weight, bias): &Down, u: &Tensor) -> candle_core::Result<Tensor> {
-    let (batch, tokens, d) = u.dims3()?;
-    let flat = u.reshape((batch * tokens, d))?.matmul(&weight.t()?)?;
-    flat.broadcast_add(bias)?
-        .reshape((batch, tokens, bias.elem_count()))
+impl Down {
+    /// `[batch, tokens, rank]` of `u [batch, tokens, d]`.
+    fn of(&self, u: &Tensor) -> candle_core::Result<Tensor> {
+        let (batch, tokens, d) = u.dims3()?;
+        let flat = u.reshape((batch * tokens, d))?.matmul(&self.weight.t()?)?;
+        flat.broadcast_add(&self.bias)?
+            .reshape((batch, tokens, self.bias.elem_count()))
+    }
 }
 
 /// `[batch, d]` of `[batch, tokens, d]`.
@@ -621,15 +641,20 @@ fn centred(a: &Mat<f64>) -> Mat<f64> {
     Mat::from_fn(rows, columns, |i, j| a[(i, j)] - means[i])
 }
 
+/// Coordinates of an adapter's input.
+struct Directions {
+    /// `[rank, d]`, to at most deviation one.
+    map: Mat<f64>,
+    /// What centres the class token's.
+    bias: Vec<f64>,
+    /// 1 where the classifier uses them, else 0.
+    used: Vec<f64>,
+}
+
 /// The `rank` directions of an adapter's input that a classifier uses most, whose weights `[classes, d]` are `of_row` for the class
-/// token's row and `of_mean` for the tokens' mean, which are `inputs [pictures, 2 d]`: a map of it to coordinates of which these
-/// have at most deviation one, `[rank, d]`, and what centres the class token's.
-fn directions(
-    of_row: &Mat<f64>,
-    of_mean: &Mat<f64>,
-    inputs: &[f32],
-    rank: usize,
-) -> Result<(Mat<f64>, Vec<f64>)> {
+/// token's row and `of_mean` for the tokens' mean, which are `inputs [pictures, 2 d]`. A classifier of few classes uses fewer than
+/// `rank`; the others are those that vary most, and of no use before training.
+fn directions(of_row: &Mat<f64>, of_mean: &Mat<f64>, inputs: &[f32], rank: usize) -> Result<Directions> {
     let d = of_row.ncols();
     let eigen = |a: &Mat<f64>| {
         a.self_adjoint_eigen(Side::Lower)
@@ -644,36 +669,48 @@ fn directions(
     let metric = &row * faer::Scale(1.0 / of_rows) + &mean * faer::Scale(1.0 / of_means);
     let used = of_row.transpose() * of_row * faer::Scale(of_rows)
         + of_mean.transpose() * of_mean * faer::Scale(of_means);
-    // Few pictures do not vary in all directions, but tokens may: those are not to be blown up.
-    let of_metric = eigen(&metric)?;
+    // Few pictures do not vary in all directions. What a classifier says of the others is by chance, and what others, or tokens, vary
+    // there is not to be blown up.
     let least = 1e-4 * trace(&metric) / d as f64;
-    let power = |exponent: i32| {
+    let of_metric = eigen(&metric)?;
+    let scaled = |by: &dyn Fn(f64) -> f64| {
         let (u, values) = (of_metric.U(), of_metric.S().column_vector());
-        let scaled = Mat::from_fn(d, d, |i, j| {
-            u[(i, j)] * values[j].max(least).sqrt().powi(exponent)
-        });
-        scaled * u.transpose()
+        Mat::from_fn(d, d, |i, j| u[(i, j)] * by(values[j])) * u.transpose()
     };
-    let root = power(1);
+    let root = scaled(&|value| if value < least { 0.0 } else { value.sqrt() });
+    let inverse = scaled(&|value| value.max(least).sqrt().recip());
     let inner = &root * used * &root;
-    let of_inner = eigen(&inner)?;
+    // A classifier of few classes uses fewer directions than there is room for. The others are those that vary most: so little of
+    // the variance chooses among them only. Left to chance, they would be what few pictures hardly vary in but others do.
+    let least_use = UNUSED * trace(&inner);
+    let of_inner = eigen(&(&inner + &metric * faer::Scale(least_use / trace(&metric))))?;
     // The last ones are the largest.
-    let chosen = of_inner.U().subcols(d - rank, rank).transpose() * power(-1);
-    let variance = |of: &Mat<f64>| {
-        let all = &chosen * of * chosen.transpose();
+    let chosen = of_inner.U().subcols(d - rank, rank);
+    let along = |chosen: &Mat<f64>, of: &Mat<f64>| {
+        let all = chosen * of * chosen.transpose();
         (0..rank).map(|i| all[(i, i)]).collect::<Vec<_>>()
     };
-    let larger = variance(&row).into_iter().zip(variance(&mean));
-    let least = 0.01 * of_rows.max(of_means);
-    let deviation: Vec<f64> = larger
-        .map(|(row, mean)| row.max(mean).max(least).sqrt())
+    let chosen = chosen.transpose().to_owned();
+    let is_used = along(&chosen, &inner).into_iter().map(|share| share > least_use);
+    let used: Vec<f64> = is_used.map(|used| f64::from(u8::from(used))).collect();
+    let chosen = chosen * inverse;
+    let (of_row, of_mean) = (along(&chosen, &row), along(&chosen, &mean));
+    let most = of_rows.max(of_means);
+    let deviation: Vec<f64> = along(&chosen, &metric)
+        .into_iter()
+        .enumerate()
+        .map(|(i, varies)| match varies > VARIES {
+            true => of_row[i].max(of_mean[i]).max(0.01 * most).sqrt(),
+            // Other pictures may vary there, as much as in any direction.
+            false => chosen.row(i).norm_l2() * (most / d as f64).sqrt(),
+        })
         .collect();
     let map = Mat::from_fn(rank, d, |i, j| chosen[(i, j)] / deviation[i]);
     let bias = (0..rank).map(|i| -(0..d).map(|j| map[(i, j)] * centre[j]).sum::<f64>());
     let bias = bias.collect();
     let is_finite = map.col_iter().all(|column| column.iter().all(|v| v.is_finite()));
     match is_finite {
-        true => Ok((map, bias)),
+        true => Ok(Directions { map, bias, used }),
         false => Err(Error::Settings("an adapter's input does not vary".into())),
     }
 }
@@ -740,4 +777,75 @@ fn vector(values: Vec<f64>) -> Result<Tensor> {
     let count = values.len();
     let values: Vec<f32> = values.into_iter().map(|v| v as f32).collect();
     Ok(Tensor::from_vec(values, count, &Device::Cpu)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::SeedableRng;
+    use rand::rngs::StdRng;
+
+    use super::*;
+    use crate::variables::normal;
+
+    const WIDTH: usize = 40;
+
+    /// Inputs `[count, 2 WIDTH]` that vary less from entry to entry: rows, and means that are nearly those.
+    fn inputs(count: usize, seed: u64) -> Vec<f32> {
+        let mut rng = StdRng::seed_from_u64(seed);
+        let noise = normal(&mut rng, count * 2 * WIDTH, 1.0);
+        let sized = |j: usize, v: f32| v * 0.9_f32.powi(j as i32);
+        let rows = noise.chunks(2 * WIDTH).flat_map(|noise| {
+            let (row, other) = noise.split_at(WIDTH);
+            let mean = row.iter().zip(other).map(|(a, b)| 0.7 * a + 0.7 * b);
+            let row = row.iter().copied().enumerate();
+            row.chain(mean.enumerate()).map(move |(j, v)| sized(j, v))
+        });
+        rows.collect()
+    }
+
+    #[test]
+    fn what_few_pictures_do_not_vary_in_is_not_read() {
+        // A classifier of two classes as few pictures determine it: all that it looks at is in what they span.
+        let few = inputs(14, 1);
+        let pull = normal(&mut StdRng::seed_from_u64(2), 2 * 14, 0.3);
+        let part = |of: usize| {
+            Mat::from_fn(2, WIDTH, |c, j| {
+                let one = |i: usize| f64::from(pull[c * 14 + i] * few[i * 2 * WIDTH + of * WIDTH + j]);
+                (0..14).map(one).sum::<f64>()
+            })
+        };
+        let (of_row, of_mean) = (part(0), part(1));
+        let said = |inputs: &[f32]| {
+            let inputs = MatRef::from_row_major_slice(inputs, inputs.len() / (2 * WIDTH), 2 * WIDTH);
+            let value = |c: usize, i: usize, j: usize| {
+                of_row[(c, j)] * f64::from(inputs[(i, j)])
+                    + of_mean[(c, j)] * f64::from(inputs[(i, WIDTH + j)])
+            };
+            Mat::from_fn(2, inputs.nrows(), |c, i| {
+                (0..WIDTH).map(|j| value(c, i, j)).sum::<f64>() as f32
+            })
+        };
+        let unseen = inputs(400, 3);
+        // The classifier uses four directions, and the pictures vary in 26.
+        for rank in [4, 20, 36] {
+            let found = directions(&of_row, &of_mean, &few, rank).unwrap();
+            assert_eq!(found.used.iter().sum::<f64>(), 4.0);
+            let seen = |inputs: &[f32]| -> Vec<f32> {
+                let part = |part: &[f32]| -> Vec<f32> {
+                    let one = |i: usize| {
+                        let sum = (0..WIDTH).map(|j| found.map[(i, j)] * f64::from(part[j]));
+                        (found.used[i] * (sum.sum::<f64>() + found.bias[i])) as f32
+                    };
+                    (0..rank).map(one).collect()
+                };
+                inputs.chunks(WIDTH).flat_map(part).collect()
+            };
+            let workers = Workers::new(1).unwrap();
+            let (imitation, met) =
+                Discriminant::imitating(&said(&few), &seen(&few), 2 * rank, &workers).unwrap();
+            let wanted = said(&unseen);
+            let off = (imitation.logits(&seen(&unseen)) - &wanted).norm_l2() / wanted.norm_l2();
+            assert!(met > MET && off < 0.5, "rank {rank}: {met}, {off}");
+        }
+    }
 }
