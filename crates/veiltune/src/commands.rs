@@ -22,7 +22,7 @@ use crate::events::{Classified, Event, Measured};
 use crate::inputs::{self, Items};
 use crate::prepare::Preparation;
 use crate::program::{Batches, CLIENT, Compare};
-use crate::progress::Progress;
+use crate::progress::{Progress, tell as tell_user};
 use crate::report::{Counts, Seconds, aligned, cost_heading, cost_table, grouped, print};
 use crate::roles::{self, ClientConfig, Config, DealerConfig, Material, ProviderConfig, Role, Tell};
 use crate::service::Limits;
@@ -505,7 +505,7 @@ fn play<R>(
     let open = Open::default();
     let links = open.clone();
     ctrlc::set_handler(move || {
-        eprintln!("veiltune: interrupted");
+        tell_user("veiltune: interrupted");
         links.abort("it was interrupted");
         std::process::exit(130);
     })

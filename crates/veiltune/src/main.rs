@@ -158,6 +158,8 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        // A line that cannot be written would end the thread that has something to log.
+        .log_internal_errors(false)
         .with_ansi(std::io::stderr().is_terminal())
         .with_target(false)
         .init();
@@ -188,7 +190,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             if !told {
-                eprintln!("veiltune: {e}");
+                progress::tell(&format!("veiltune: {e}"));
             }
             ExitCode::from(e.exit_code())
         }

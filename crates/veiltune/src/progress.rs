@@ -1,6 +1,6 @@
 //! What the user sees on standard error while a command works.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -17,6 +17,11 @@ const STAGES: [(Stage, &str); 4] = [
 
 /// Between two lines of a stage.
 const OFTEN: Duration = Duration::from_secs(15);
+
+/// A line to standard error; that nobody reads it any more is no reason to end, nor not to.
+pub fn tell(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
 
 /// Bars on a terminal, plain lines elsewhere, or nothing.
 pub enum Progress {
@@ -69,11 +74,14 @@ impl Progress {
                 let mut told = told.lock().unwrap_or_else(PoisonError::into_inner);
                 let (began, last) = told[index].get_or_insert((now, now));
                 if done == total {
-                    eprintln!("{}: {done} of {total} images", STAGES[index].1);
+                    tell(&format!("{}: {done} of {total} images", STAGES[index].1));
                 } else if now - *last >= OFTEN {
                     *last = now;
                     let left = (now - *began).as_secs_f64() / done.max(1) as f64 * (total - done) as f64;
-                    eprintln!("{}: {done} of {total} images, {left:.0} s left", STAGES[index].1);
+                    tell(&format!(
+                        "{}: {done} of {total} images, {left:.0} s left",
+                        STAGES[index].1
+                    ));
                 }
             }
             Progress::Quiet => {}
@@ -83,8 +91,8 @@ impl Progress {
     /// A line that belongs to no stage.
     pub fn log(&self, line: &str) {
         match self {
-            Progress::Bars(bars, _) => bars.suspend(|| eprintln!("{line}")),
-            Progress::Lines(_) | Progress::Quiet => eprintln!("{line}"),
+            Progress::Bars(bars, _) => bars.suspend(|| tell(line)),
+            Progress::Lines(_) | Progress::Quiet => tell(line),
         }
     }
 }

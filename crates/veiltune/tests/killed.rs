@@ -4,6 +4,7 @@
 mod common;
 
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -134,4 +135,28 @@ fn an_interrupted_dealer_leaves_no_partial_material() {
     kill("-INT", deal.child.id());
     deal.end(PROMPTLY).explains(130, &["interrupted"]);
     nothing_in(&out);
+}
+
+#[test]
+fn a_dealer_whose_errors_nobody_reads_ends_when_it_is_told_to() {
+    let dir = tempfile::tempdir().unwrap();
+    let keys = dir.path().join("keys");
+    let made = veiltune().arg("keys").arg("--out").arg(&keys).output().unwrap();
+    assert!(made.status.success());
+    for signal in ["-INT", "-TERM"] {
+        let mut child = veiltune()
+            .args(["dealer", "--listen", "127.0.0.1:0", "--keys"])
+            .arg(keys.join("dealer"))
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap())
+            .read_line(&mut line)
+            .unwrap();
+        assert!(line.starts_with("listening"), "{line}");
+        drop(child.stderr.take());
+        kill(signal, child.id());
+        let status = wait_for("the dealer's end", PROMPTLY, || child.try_wait().unwrap());
+        assert_eq!(status.code(), Some(130), "{signal}");
+    }
 }

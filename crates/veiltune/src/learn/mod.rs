@@ -24,6 +24,7 @@ use veiltune_wire::Network;
 
 use crate::inputs;
 use crate::program::{Batches, Classification, Compare};
+use crate::progress::tell;
 use crate::{Error, Result};
 
 /// Pictures or texts, and the backbone that sees them.
@@ -167,12 +168,12 @@ impl DataArgs {
         let texts = Texts::new(encoder, &examples, task.labels.clone()).map_err(of_texts(option))?;
         match texts.cut() {
             0 => {}
-            cut => eprintln!(
+            cut => tell(&format!(
                 "{cut} of {} texts in {} have more than {} tokens and are cut",
                 texts.len(),
                 path.display(),
                 encoder.form().tokens
-            ),
+            )),
         }
         Ok(Labelled {
             data: Data::Texts(texts, task.metric),
@@ -212,13 +213,13 @@ impl DataArgs {
             .map_err(|e| Error::Input(format!("{e}; {advice}")))?;
         drop(bar);
         for s in &skipped {
-            eprintln!("skipped {}: {}", s.name, s.reason);
+            tell(&format!("skipped {}: {}", s.name, s.reason));
         }
         if !skipped.is_empty() {
-            eprintln!(
+            tell(&format!(
                 "{} of {total} pictures cannot be read and are left out",
                 skipped.len()
-            );
+            ));
         }
         Ok((read, skipped.len()))
     }
@@ -441,7 +442,7 @@ pub fn interruptible() -> Result<Arc<AtomicBool>> {
             std::process::exit(130);
         }
         // Said first: the safe point may be at once, and what is said there comes last.
-        eprintln!("veiltune: stopping at the next safe point; interrupt again to stop at once");
+        tell("veiltune: stopping at the next safe point; interrupt again to stop at once");
         set.store(true, Relaxed);
     })
     .map_err(|e| Error::io("catching interruptions")(std::io::Error::other(e)))?;
@@ -467,7 +468,7 @@ pub fn left(seconds: f64) -> String {
 pub fn told(result: Result<()>) -> (Result<()>, bool) {
     let interrupted = matches!(result, Err(Error::Interrupted));
     if interrupted {
-        eprintln!("veiltune: interrupted; what is done is kept, and the same command goes on from there");
+        tell("veiltune: interrupted; what is done is kept, and the same command goes on from there");
     }
     (result, interrupted)
 }
@@ -565,7 +566,7 @@ impl Bar {
     /// A line that stays.
     pub fn say(&self, line: &str) {
         self.said.set(std::time::Instant::now());
-        self.bar.suspend(|| eprintln!("{line}"));
+        self.bar.suspend(|| tell(line));
     }
 }
 

@@ -23,6 +23,7 @@ use super::{
     interruptible, left, make, source, write_adapter, write_json,
 };
 use crate::methods::{Ground, MethodArgs};
+use crate::progress::tell;
 use crate::report::{grouped, print};
 use crate::{Error, Result};
 
@@ -297,14 +298,14 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     drop(bar);
     let report = trained.report.clone();
     if let Some((own, head)) = report.below_head(check.len()) {
-        eprintln!(
+        tell(&format!(
             "of the {} validation {} the adapter gets {:.2} % right, a head alone {:.2} %: {}",
             check.len(),
             labelled.noun(),
             100.0 * own,
             100.0 * head,
             "give a smaller --rank, more to train on, or --method head"
-        );
+        ));
     }
     let classifier = artefact(trained, source, args.data.backbone_name())?;
     let mut test = None;
