@@ -22,7 +22,7 @@ pub enum Error {
         dims: Vec<usize>,
     },
     /// A value that fixed point cannot hold: NaN, infinite, or of magnitude 2^(63 - scale) or more.
-    #[error("value {index} is not finite or too large for {scale} fraction bits")]
+    #[error("entry {index} is not finite or too large for {scale} fraction bits")]
     Encode {
         /// Position of the value in the input.
         index: usize,

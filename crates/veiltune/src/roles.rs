@@ -13,8 +13,8 @@ use std::thread;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use veiltune_adapt::cache::Source;
-use veiltune_engine::Comparison;
 use veiltune_engine::session::serve_material;
+use veiltune_engine::{Comparison, Fixed, Owner};
 use veiltune_hub::{AdapterConfig, files};
 use veiltune_nn::Method;
 use veiltune_nn::load::Served;
@@ -281,6 +281,11 @@ pub fn provider(c: &Config<ProviderConfig>, tell: Tell, open: &Open) -> Result<(
         .serve(backbone.as_ref())
         .map_err(|e| inputs::bad_weights(e, dir, "--adapter"))?;
     drop((classifier, backbone));
+    // What fixed point cannot hold is found before any client has run its backbone.
+    served.load(&Fixed::new()?, Owner::Party(PROVIDER)).map_err(|e| {
+        let e = format!("{e}: it cannot be served; train it again, with a lower --rate");
+        inputs::bad_weights(e, dir, "--adapter")
+    })?;
     let (station, budget) = (
         Station::new(Role::Provider, c, fingerprint, tell, open)?,
         Budget::open(own.budget, own.budget_file.clone())?,

@@ -82,6 +82,21 @@ impl Budget {
             }
             _ => 0,
         };
+        if let Some(limit) = limit {
+            if let Some(path) = &file {
+                // Before any client is told that it is served.
+                let spent = Spent { images: spent };
+                files::write_json(path, &spent).map_err(|e| {
+                    Error::Input(format!("{e}; give a file that can be written to --budget-file"))
+                })?;
+            }
+            if spent >= limit.get() {
+                tracing::warn!(
+                    "0 of {limit} images of the budget are left, so every client is refused: give a larger --budget, or another \
+                     --budget-file"
+                );
+            }
+        }
         Ok(Budget {
             limit,
             spent: Mutex::new(spent),
@@ -225,7 +240,8 @@ mod tests {
         assert!(e.contains("spent.json") && e.contains("--budget-file"), "{e}");
         // What cannot be counted is not served.
         let nowhere = file.join("spent.json");
-        assert!(open(Some(&nowhere)).unwrap().spend(1).is_err());
+        let e = open(Some(&nowhere)).err().unwrap().to_string();
+        assert!(e.contains("--budget-file"), "{e}");
         Budget::open(None, None).unwrap().spend(usize::MAX).unwrap();
     }
 }
