@@ -59,7 +59,7 @@ struct Machine {
 #[derive(Args, Debug)]
 struct Service {
     /// Address to accept calls at, HOST:PORT; port 0 lets the system choose
-    #[arg(long, value_name = "ADDR")]
+    #[arg(long, value_name = "ADDR", value_parser = inputs::address)]
     listen: String,
     /// End after so many sessions, those that fail included [default: go on until interrupted]
     #[arg(long, value_name = "N")]
@@ -91,7 +91,7 @@ impl Service {
 #[group(multiple = false)]
 struct From {
     /// Address of `veiltune dealer`, HOST:PORT
-    #[arg(long, value_name = "ADDR")]
+    #[arg(long, value_name = "ADDR", value_parser = inputs::address)]
     dealer: Option<String>,
     /// Directory with this machine's file of those that `veiltune deal` wrote, and for the client material.json; serves one session
     #[arg(long, value_name = "DIR")]
@@ -167,7 +167,7 @@ pub struct ClassifyArgs {
     #[command(flatten)]
     machine: Machine,
     /// Address of `veiltune serve`, HOST:PORT
-    #[arg(long, value_name = "ADDR", required_unless_present = "text")]
+    #[arg(long, value_name = "ADDR", value_parser = inputs::address, required_unless_present = "text")]
     provider: Option<String>,
     #[command(flatten)]
     from: From,

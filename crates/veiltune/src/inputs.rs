@@ -378,6 +378,16 @@ pub fn bad_weights(e: impl std::fmt::Display, dir: Option<&Path>, option: &str) 
     ))
 }
 
+/// An address as `--listen`, `--provider` and `--dealer` take it.
+pub fn address(text: &str) -> std::result::Result<String, String> {
+    let (host, port) = text.rsplit_once(':').unwrap_or((text, ""));
+    let is_bracketed = host.starts_with('[') && host.ends_with(']');
+    match port.parse::<u16>() {
+        Ok(_) if !host.is_empty() && (is_bracketed || !host.contains(':')) => Ok(text.to_owned()),
+        _ => Err("give HOST:PORT with a port of at most 65535, as in 192.168.0.7:7001, dealer.example.org:7001 or [::1]:7001".into()),
+    }
+}
+
 /// What is wrong, and where, which is said once.
 fn placed(e: impl std::fmt::Display, place: &str) -> String {
     let detail = e.to_string();
