@@ -66,7 +66,8 @@ pub(super) fn open(path: &Path, split: Split) -> Result<Dataset> {
         classes.push(class.to_owned());
         // Other files are listed too: `verify` then names them instead of passing over a picture in another format.
         for path in content.files {
-            let bytes = fs::metadata(&path).map_err(Error::io(&path))?.len();
+            // Of what is not even there, a link to nowhere for instance, `verify` says so.
+            let bytes = fs::metadata(&path).map_or(0, |m| m.len());
             let file = files.len();
             files.push(Source::Picture { path, bytes });
             items.push(Item {

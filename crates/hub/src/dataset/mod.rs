@@ -20,7 +20,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::mpsc;
 
 use image::RgbImage;
@@ -41,7 +41,7 @@ pub enum Split {
 /// What to do about pictures that cannot be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnBad {
-    /// The first one is an error that names its file.
+    /// They are an error, which names the first ones.
     Fail,
     /// They are left out, and listed.
     Skip,
@@ -186,11 +186,24 @@ impl Dataset {
     /// Gives the pictures that can be read, and those that were left out, if `on_bad` says so. That a class has none
     /// left is an error either way.
     pub fn verify(&self, on_bad: OnBad, progress: &mut dyn FnMut(usize)) -> Result<(Dataset, Vec<Skipped>)> {
-        let mut bad = self.unreadable(on_bad, progress);
+        let mut bad = self.unreadable(progress);
         // Threads finish in any order; the report is in the order of the pictures.
         bad.sort_by_key(|(i, _)| *i);
-        if on_bad == OnBad::Fail && !bad.is_empty() {
-            return Err(bad.swap_remove(0).1);
+        if on_bad == OnBad::Fail {
+            match bad.len() {
+                0 => {}
+                1 => return Err(bad.swap_remove(0).1),
+                count => {
+                    let names = bad.iter().take(MAX_NAMED).map(|(i, _)| self.name(*i));
+                    let names = names.collect::<Vec<_>>().join(", ");
+                    let more = if count > MAX_NAMED { ", ..." } else { "" };
+                    let detail = format!(
+                        "{count} pictures cannot be read: {names}{more}; the first: {}",
+                        bad[0].1
+                    );
+                    return Err(Error::corrupt(&self.place, detail));
+                }
+            }
         }
         let left_out: BTreeSet<usize> = bad.iter().map(|(i, _)| *i).collect();
         let kept: Vec<usize> = (0..self.len()).filter(|i| !left_out.contains(i)).collect();
@@ -209,13 +222,13 @@ impl Dataset {
         Ok((kept, skipped.collect()))
     }
 
-    /// The pictures that cannot be decoded; after the first one, no other is begun if `on_bad` is to fail.
-    fn unreadable(&self, on_bad: OnBad, progress: &mut dyn FnMut(usize)) -> Vec<(usize, Error)> {
+    /// The pictures that cannot be decoded.
+    fn unreadable(&self, progress: &mut dyn FnMut(usize)) -> Vec<(usize, Error)> {
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-        let (next, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
+        let next = AtomicUsize::new(0);
         let (send, receive) = mpsc::channel();
         let work = |send: mpsc::Sender<(usize, Result<()>)>| {
-            while !stop.load(Relaxed) {
+            loop {
                 let i = next.fetch_add(1, Relaxed);
                 if i >= self.len() || send.send((i, self.picture(i).map(drop))).is_err() {
                     break;
@@ -232,7 +245,6 @@ impl Dataset {
             for (done, (i, result)) in receive.into_iter().enumerate() {
                 if let Err(e) = result {
                     bad.push((i, e));
-                    stop.store(on_bad == OnBad::Fail, Relaxed);
                 }
                 progress(done + 1);
             }
@@ -313,6 +325,8 @@ impl Dataset {
 
 /// Most classes that an error names.
 const MAX_LISTED: usize = 8;
+/// Most unreadable pictures that an error names.
+const MAX_NAMED: usize = 10;
 
 #[cfg(test)]
 mod tests;

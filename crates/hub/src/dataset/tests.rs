@@ -118,7 +118,6 @@ fn what_cannot_be_read_fails_or_is_skipped_as_the_user_asks() {
     assert_eq!(seen, [1, 2, 3, 4, 5]);
 
     write(dir.path(), "cat/b.PNG", &png(1)[..40]);
-    write(dir.path(), "dog/list.csv", b"1.png,dog");
     let data = Dataset::open(dir.path(), Split::Train).unwrap();
     let failed = data.verify(OnBad::Fail, &mut |_| {}).unwrap_err().to_string();
     assert!(
@@ -126,6 +125,15 @@ fn what_cannot_be_read_fails_or_is_skipped_as_the_user_asks() {
         "{failed}"
     );
     assert_eq!(data.picture(1).unwrap_err().to_string(), failed);
+    write(dir.path(), "dog/list.csv", b"1.png,dog");
+    let data = Dataset::open(dir.path(), Split::Train).unwrap();
+    let failed = data.verify(OnBad::Fail, &mut |_| {}).unwrap_err().to_string();
+    for part in [
+        "2 pictures cannot be read: cat/b.PNG, dog/list.csv",
+        "not a usable",
+    ] {
+        assert!(failed.contains(part), "{failed}");
+    }
     let (good, skipped) = data.verify(OnBad::Skip, &mut |_| {}).unwrap();
     let names: Vec<&str> = skipped.iter().map(|s| &*s.name).collect();
     assert_eq!((names, good.len()), (vec!["cat/b.PNG", "dog/list.csv"], 4));
@@ -344,4 +352,17 @@ fn real_files_are_read() {
             assert!(data.per_class().iter().all(|c| !c.is_empty()));
         }
     }
+}
+
+#[test]
+#[cfg(unix)]
+fn a_link_to_nowhere_is_a_picture_that_cannot_be_read() {
+    let dir = folder();
+    std::os::unix::fs::symlink("nowhere.png", dir.path().join("cat/z.png")).unwrap();
+    let data = Dataset::open(dir.path(), Split::Train).unwrap();
+    let failed = data.verify(OnBad::Fail, &mut |_| {}).unwrap_err().to_string();
+    assert!(failed.contains("z.png"), "{failed}");
+    let (good, skipped) = data.verify(OnBad::Skip, &mut |_| {}).unwrap();
+    assert_eq!((good.len(), skipped.len()), (5, 1));
+    assert_eq!(skipped[0].name, "cat/z.png");
 }
