@@ -93,8 +93,8 @@ pub fn write(dir: &Path, done: &Checkpoint, tensors: &Tensors) -> Result<()> {
         tensors: name(epoch),
         ..done.clone()
     };
-    safetensors::write(&dir.join(&done.tensors), tensors, Precision::F32)?;
-    files::write_json(&dir.join(STATE_FILE), &done)?;
+    safetensors::write(&dir.join(&done.tensors), tensors, Precision::F32).map_err(full)?;
+    files::write_json(&dir.join(STATE_FILE), &done).map_err(full)?;
     // Nothing refers to the one before any more.
     let Some(before) = epoch.checked_sub(1) else {
         return Ok(());
@@ -103,6 +103,17 @@ pub fn write(dir: &Path, done: &Checkpoint, tensors: &Tensors) -> Result<()> {
     match fs::remove_file(&old) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(&old)(e)),
         _ => Ok(()),
+    }
+}
+
+/// An error of writing, a full disk told apart.
+fn full(e: veiltune_hub::Error) -> Error {
+    use std::io::ErrorKind::{QuotaExceeded, StorageFull};
+    match e {
+        veiltune_hub::Error::Io { path, source } if matches!(source.kind(), StorageFull | QuotaExceeded) => {
+            Error::DiskFull(path)
+        }
+        e => Error::File(e),
     }
 }
 

@@ -21,7 +21,7 @@ pub enum Error {
     #[error("interrupted; the same command goes on from here")]
     Interrupted,
     /// Hidden states would not fit on the disk.
-    #[error("{}: hidden states need {:.2} GB more, {:.2} GB are free; free some, or take fewer views", dir.display(), gb(*needed), gb(*free))]
+    #[error("{}: hidden states need {} more, {} are free; free some, or take fewer views", dir.display(), size(*needed), size(*free))]
     NoSpace {
         /// The cache.
         dir: PathBuf,
@@ -55,8 +55,11 @@ pub enum Error {
     Candle(#[from] candle_core::Error),
 }
 
-fn gb(bytes: u64) -> f64 {
-    bytes as f64 / 1e9
+fn size(bytes: u64) -> String {
+    match bytes as f64 {
+        few if few < 1e8 => format!("{:.1} MB", few / 1e6),
+        many => format!("{:.2} GB", many / 1e9),
+    }
 }
 
 impl Error {

@@ -59,6 +59,11 @@ pub enum Error {
         /// Of how many.
         of: usize,
     },
+    /// A search of that kind ended without an adapter.
+    #[error(
+        "{0} found no adapter within the goal; give a lower --accuracy or more --seconds, or more to choose from"
+    )]
+    NothingFound(&'static str),
     /// The meters counted something else than was predicted.
     #[error("{0}: the run did something else than its plan; this is a bug, please report it")]
     Mismatch(String),
@@ -114,6 +119,7 @@ impl Error {
             | Error::Panicked(_)
             | Error::Role { .. }
             | Error::Sessions { .. }
+            | Error::NothingFound(_)
             | Error::Mismatch(_) => "it failed".into(),
         }
     }

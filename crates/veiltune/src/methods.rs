@@ -196,6 +196,12 @@ impl MethodArgs {
                 )));
             }
             (Which::LastLayer, Some(vision)) => encoder(vision, Tuning::LastLayers, self.scope),
+            (Which::Lora, Some(_)) if rank > ground.width => {
+                return Err(Error::Input(format!(
+                    "--rank {rank} of a backbone of width {0}: LoRA's changes have at most that rank; give at most {0}",
+                    ground.width
+                )));
+            }
             (Which::Lora, Some(vision)) => {
                 let projections = vision.1.layout.projections();
                 let tuning = Tuning::Lora {

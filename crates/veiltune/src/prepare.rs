@@ -246,6 +246,7 @@ fn check_fit(backbone: Source, method: &Method) -> Result<()> {
         .map(|read| method.input_dims(read, 1))
         .max_by_key(|dims| dims[1]);
     match widest.as_deref() {
+        Some(&[_, 1, d]) if d != width => refuse(format!("a backbone of width {d}")),
         Some(&[_, n, d]) if d != width || (n != 1 && n != tokens) => {
             refuse(format!("a backbone of width {d} with {n} tokens"))
         }

@@ -134,6 +134,9 @@ impl DataArgs {
         split: Split,
         option: &str,
     ) -> Result<Labelled> {
+        if self.pictures == Some(0) {
+            return Err(Error::Input("--pictures (or --texts) must be at least 1".into()));
+        }
         match (source, task) {
             (Source::Texts(_), Some(_)) if self.skip_unreadable => Err(Error::Input(
                 "--skip-unreadable is for pictures: leave it out".into(),
@@ -473,6 +476,39 @@ pub fn told(result: Result<()>) -> (Result<()>, bool) {
     (result, interrupted)
 }
 
+/// Refuses data in which there is nothing to tell apart.
+pub fn check_classes(labelled: &Labelled) -> Result<()> {
+    match labelled.examples().classes() {
+        [only] => Err(Error::Input(format!(
+            "--data has one class, {only}: there is nothing to tell apart; give {} of at least two",
+            labelled.noun()
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// Says of how many classes nothing is trained or validated on.
+pub fn warn_of_empty_classes(states: &States, noun: &str, learn: &[usize], check: &[usize]) {
+    let all = states.classes().len();
+    let without = |which: &[usize]| {
+        let seen: BTreeSet<u32> = which.iter().map(|&i| states.labels()[i]).collect();
+        all - seen.len()
+    };
+    match without(learn) {
+        0 => {}
+        count => tell(&format!(
+            "no {noun} of {count} of {all} classes are left to train on, so these are never recognised; give more {noun}, or a \
+             smaller --validation"
+        )),
+    }
+    match without(check) {
+        count if count > 0 && !check.is_empty() => tell(&format!(
+            "no {noun} of {count} of {all} classes are left to validate on; give more {noun}, or a larger --validation"
+        )),
+        _ => {}
+    }
+}
+
 /// Refuses a file in the place of the folder that --out names.
 pub fn check_out(out: &Path) -> Result<()> {
     match out.exists() && !out.is_dir() {
@@ -486,11 +522,15 @@ pub fn check_out(out: &Path) -> Result<()> {
 
 /// Refuses to write an adapter over another one: that in `dir`, which `option` names, if it is not of a run that left `state`.
 pub fn check_adapter(dir: &Path, state: &Path, option: &str) -> Result<()> {
-    let adapter = dir.join(adapter::CONFIG_FILE);
-    match adapter.exists() && !state.exists() {
+    check_file(&dir.join(adapter::CONFIG_FILE), state, option)
+}
+
+/// As [`check_adapter`], of another file.
+pub fn check_file(file: &Path, state: &Path, option: &str) -> Result<()> {
+    match file.exists() && !state.exists() {
         true => Err(Error::Input(format!(
             "{} is of another run and would be overwritten; give another folder to {option}, or remove that one",
-            adapter.display()
+            file.display()
         ))),
         false => Ok(()),
     }

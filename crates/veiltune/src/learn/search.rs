@@ -18,8 +18,8 @@ use veiltune_wire::Network;
 
 use super::train::{Recipe, artefact};
 use super::{
-    Bar, DataArgs, FormArgs, all_reads, check_adapter, check_out, cost_of_one, interruptible, left, make,
-    write, write_adapter,
+    Bar, DataArgs, FormArgs, all_reads, check_adapter, check_classes, check_out, cost_of_one, interruptible,
+    left, make, warn_of_empty_classes, write, write_adapter,
 };
 use crate::report::print;
 use crate::{Error, Result};
@@ -229,6 +229,7 @@ pub fn run(args: &SearchArgs) -> Result<()> {
 
     // The test set is never opened: candidates are measured on a part of the training pictures.
     let labelled = args.data.open(source, &args.data.data, Split::Train, "--data")?;
+    check_classes(&labelled)?;
     let labels = labelled.examples().classes().to_vec();
     let largest = candidates
         .iter()
@@ -241,6 +242,7 @@ pub fn run(args: &SearchArgs) -> Result<()> {
     make(&args.out)?;
     let states = args.data.states(&labelled, source, &reads, views, &interrupted)?;
     let (learn, check) = states.split_validation(args.recipe.validation, seed);
+    warn_of_empty_classes(&states, labelled.noun(), &learn, &check);
     let settings = recipe.settings(&deepest);
 
     let mut found = Vec::new();
@@ -309,7 +311,11 @@ pub fn run(args: &SearchArgs) -> Result<()> {
         found,
         comparison,
     };
-    print(args.json, &summary, || summary.text())
+    print(args.json, &summary, || summary.text())?;
+    match summary.found.iter().find(|f| f.adapter.is_none()) {
+        Some(without) => Err(Error::NothingFound(without.by)),
+        None => Ok(()),
+    }
 }
 
 fn method(source: Source, c: &Candidate, labels: &[String]) -> Result<Method> {

@@ -19,8 +19,9 @@ use veiltune_nn::load::Classifier;
 use veiltune_wire::Network;
 
 use super::{
-    Bar, DataArgs, FormArgs, Views, all_reads, check_adapter, check_out, cost_of_one, evaluate,
-    interruptible, left, make, source, write_adapter, write_json,
+    Bar, DataArgs, FormArgs, Views, all_reads, check_adapter, check_classes, check_file, check_out,
+    cost_of_one, evaluate, interruptible, left, make, source, warn_of_empty_classes, write_adapter,
+    write_json,
 };
 use crate::methods::{Ground, MethodArgs};
 use crate::progress::tell;
@@ -111,6 +112,11 @@ impl Recipe {
                 return Err(Error::Input(format!("{name} must be at least 1")));
             }
         }
+        if self.views.is_some_and(|views| views > MOST_VIEWS) {
+            return Err(Error::Input(format!(
+                "--views must be at most {MOST_VIEWS}: the backbone sees every view of every picture, and each takes room on disk"
+            )));
+        }
         if self.rate.is_some_and(|r| !(r > 0.0 && r.is_finite())) {
             return refuse("--rate must be a positive number");
         }
@@ -161,6 +167,9 @@ impl Recipe {
     }
 }
 
+/// Most views of a picture.
+const MOST_VIEWS: usize = 1000;
+
 /// What came out.
 #[derive(Serialize)]
 struct Summary {
@@ -210,6 +219,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     args.recipe.check()?;
     check_out(&args.out)?;
     check_adapter(&args.out, &args.out.join(STATE_FILE), "--out")?;
+    check_file(&args.out.join(REPORT), &args.out.join(STATE_FILE), "--out")?;
     let interrupted = interruptible()?;
     let base = args.data.open_backbone(&args.form)?;
     let base = base.source();
@@ -229,6 +239,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
             )));
         }
     }
+    check_classes(&labelled)?;
     let labels = labelled.examples().classes().to_vec();
     let method = args.method.build(&Ground::of(base), labels)?;
     let settings = args.recipe.settings(&method);
@@ -243,6 +254,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     make(&args.out)?;
     let states = args.data.states(&labelled, source, &reads, views, &interrupted)?;
     let (learn, check) = states.split_validation(args.recipe.validation, seed);
+    warn_of_empty_classes(&states, labelled.noun(), &learn, &check);
 
     let task = Task {
         method: &method,
