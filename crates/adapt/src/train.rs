@@ -1141,7 +1141,11 @@ mod tests {
         let world = World::new();
         let method = world.owc(1, NormChoice::Batch);
         let states = world.states(&method);
-        let settings = settings();
+        let settings = Settings {
+            warm: true,
+            epochs: 0,
+            ..settings()
+        };
         let start = run(&world.task(&method, &states, &settings))
             .report
             .start

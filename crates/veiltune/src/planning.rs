@@ -6,7 +6,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 use serde::Serialize;
-use veiltune_engine::{Comparison, Cost};
+use veiltune_engine::session::Plan;
+use veiltune_engine::{Comparison, Cost, Memory};
 use veiltune_nn::load::Served;
 use veiltune_wire::Network;
 
@@ -74,68 +75,148 @@ pub fn run(args: &PlanArgs) -> Result<()> {
         images: images.get(),
         batch,
     };
-    let mut program = Classification::public(&served, batches);
-    program.comparison = args.comparison.over(&args.network, &program)?;
-    let plan = program.plan()?;
-    let (tally, ahead) = (&plan.tally, ahead(&plan));
+    let program = Classification::public(&served, batches);
+    let of = |comparison| -> Result<(Comparison, Counted)> {
+        let program = Classification {
+            comparison,
+            ..program
+        };
+        Ok((comparison, Counted::of(&program)?))
+    };
+    let either = [of(Comparison::Fss)?, of(Comparison::MaskedBits)?];
+    let comparison = match args.comparison {
+        Compare::Auto => cheapest(&either, &args.network),
+        Compare::Fss => Comparison::Fss,
+        Compare::MaskedBits => Comparison::MaskedBits,
+    };
+    let counted = &either[usize::from(comparison != Comparison::Fss)].1;
+    let ahead = ahead(&counted.total);
     let outlook = Outlook {
         images: images.get(),
         batch: batch.get(),
         network: args.network,
-        comparison: program.comparison,
-        total: tally.total(),
-        setup_bytes: tally.setup_bytes,
-        operations: tally.operations().map(|(name, c)| (name, c.clone())).collect(),
-        layers: tally
-            .layers()
-            .map(|(layer, cost)| Layer {
-                layer: layer.to_owned(),
-                cost: cost.clone(),
-            })
-            .collect(),
+        comparison,
+        total: counted.total.clone(),
+        setup_bytes: counted.setup_bytes,
+        operations: counted.operations.clone(),
+        layers: counted.layers.clone(),
         memory_bytes: [
-            tally.memory.party(CLIENT, ahead),
-            tally.memory.party(PROVIDER, ahead),
-            tally.memory.dealer(),
+            counted.memory.party(CLIENT, ahead),
+            counted.memory.party(PROVIDER, ahead),
+            counted.memory.dealer(),
         ],
         gmacs: args.gmacs,
-        estimates: estimates(args, program)?,
+        estimates: estimates(args, &either),
     };
     print(args.json, &outlook, || outlook.tables())
 }
 
+/// Full passes that are counted: each further one costs as much as the last of these.
+const COUNTED: usize = 3;
+
+/// What a run costs, however many passes it has.
+#[derive(Debug, PartialEq)]
+struct Counted {
+    total: Cost,
+    setup_bytes: [u64; 2],
+    operations: BTreeMap<&'static str, Cost>,
+    layers: Vec<Layer>,
+    memory: Memory,
+}
+
+impl Counted {
+    fn of(program: &Classification) -> Result<Counted> {
+        let Batches { images, batch } = program.batches;
+        let (full, rest) = (images / batch, images % batch);
+        let of = |full: usize| {
+            let images = full * batch.get() + rest;
+            let batches = Batches { images, batch };
+            Ok::<_, Error>(Counted::direct(&Classification { batches, ..*program }.plan()?))
+        };
+        if full <= COUNTED {
+            return of(full);
+        }
+        let (less, mut counted) = (of(COUNTED - 1)?, of(COUNTED)?);
+        let times = (full - COUNTED) as u64;
+        further(&mut counted.total, &less.total, times);
+        for (name, cost) in &mut counted.operations {
+            further(cost, &less.operations[name], times);
+        }
+        for (layer, less) in counted.layers.iter_mut().zip(&less.layers) {
+            further(&mut layer.cost, &less.cost, times);
+        }
+        more(&mut counted.memory.material, less.memory.material, times);
+        Ok(counted)
+    }
+
+    fn direct(plan: &Plan) -> Counted {
+        let tally = &plan.tally;
+        let layers = tally.layers().map(|(layer, cost)| Layer {
+            layer: layer.to_owned(),
+            cost: cost.clone(),
+        });
+        Counted {
+            total: tally.total(),
+            setup_bytes: tally.setup_bytes,
+            operations: tally.operations().map(|(name, c)| (name, c.clone())).collect(),
+            layers: layers.collect(),
+            memory: tally.memory,
+        }
+    }
+}
+
+/// Adds so many times what `cost` has more than `less`.
+fn further(cost: &mut Cost, less: &Cost, times: u64) {
+    more(&mut cost.rounds, less.rounds, times);
+    for i in 0..2 {
+        more(&mut cost.online_bytes[i], less.online_bytes[i], times);
+        more(&mut cost.dealer_bytes[i], less.dealer_bytes[i], times);
+        more(&mut cost.macs[i], less.macs[i], times);
+    }
+}
+
+fn more(value: &mut u64, less: u64, times: u64) {
+    *value = value.saturating_add((*value - less).saturating_mul(times));
+}
+
+/// Which is sooner through the network, as [`Compare::Auto`] has it, without another count.
+fn cheapest(either: &[(Comparison, Counted); 2], network: &Network) -> Comparison {
+    let cost = |(_, counted): &(Comparison, Counted)| {
+        let dealt = counted.total.dealer_bytes[0].max(counted.total.dealer_bytes[1]);
+        let seconds = network.transmission(usize::try_from(dealt).unwrap_or(usize::MAX));
+        (
+            counted.total.network_seconds(network) + seconds.as_secs_f64(),
+            dealt,
+        )
+    };
+    let [fss, bits] = either;
+    if cost(bits) < cost(fss) { bits.0 } else { fss.0 }
+}
+
 /// Either comparison on each network.
-fn estimates(args: &PlanArgs, mut program: Classification) -> Result<Vec<Estimate>> {
+fn estimates(args: &PlanArgs, either: &[(Comparison, Counted); 2]) -> Vec<Estimate> {
     let mut networks = vec![Network::NONE, Network::LAN, Network::WAN];
     if !networks.contains(&args.network) {
         networks.push(args.network);
     }
-    let mut costs = Vec::new();
-    for comparison in [Comparison::Fss, Comparison::MaskedBits] {
-        program.comparison = comparison;
-        costs.push((comparison, program.plan()?));
-    }
     let mut estimates = Vec::new();
     for network in networks {
-        let cheapest = Compare::Auto.over(&network, &program)?;
-        estimates.extend(costs.iter().map(|(comparison, plan)| {
-            let total = plan.tally.total();
-            Estimate {
-                network,
-                comparison: *comparison,
-                cheapest: *comparison == cheapest,
-                rounds: total.rounds,
-                seconds: Seconds::estimate(
-                    &total,
-                    plan.tally.setup_bytes,
-                    &network,
-                    overlaps(plan),
-                    args.gmacs,
-                ),
-            }
+        let cheapest = cheapest(either, &network);
+        estimates.extend(either.iter().map(|(comparison, counted)| Estimate {
+            network,
+            comparison: *comparison,
+            cheapest: *comparison == cheapest,
+            rounds: counted.total.rounds,
+            seconds: Seconds::estimate(
+                &counted.total,
+                counted.setup_bytes,
+                &network,
+                overlaps(&counted.total),
+                args.gmacs,
+            ),
         }));
     }
-    Ok(estimates)
+    estimates
 }
 
 /// All that is known beforehand; what is counted is exact.
@@ -157,7 +238,7 @@ struct Outlook {
 }
 
 /// What a layer costs in all passes.
-#[derive(Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 struct Layer {
     layer: String,
     #[serde(flatten)]
@@ -345,6 +426,32 @@ impl Outlook {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn many_passes_cost_what_counting_each_of_them_says() {
+        let served = Served::shapes(&inputs::adapter_config(None).unwrap().method);
+        for (images, batch) in [(1, 1), (7, 2), (8, 2), (9, 1), (23, 4), (40, 4)] {
+            let batch = NonZeroUsize::new(batch).unwrap();
+            let program = Classification::public(&served, Batches { images, batch });
+            let either = [Comparison::Fss, Comparison::MaskedBits].map(|comparison| {
+                let program = Classification {
+                    comparison,
+                    ..program
+                };
+                let counted = Counted::of(&program).unwrap();
+                assert_eq!(
+                    counted,
+                    Counted::direct(&program.plan().unwrap()),
+                    "{images} {batch}"
+                );
+                (comparison, counted)
+            });
+            for network in [Network::NONE, Network::LAN, Network::WAN] {
+                let known = Compare::Auto.over(&network, &program).unwrap();
+                assert_eq!(cheapest(&either, &network), known);
+            }
+        }
+    }
 
     /// The figures of docs/results/cryptpeft.md: rounds, bytes from the client, to the provider, and online seconds measured.
     #[test]

@@ -214,7 +214,7 @@ impl Report {
             comparison: inputs.comparison,
             counted: Counts::counted(&client, dealer_bytes),
             counted_by_provider: Counts::counted(&provider, dealer_bytes),
-            overlapped: overlaps(&inputs.plan),
+            overlapped: overlaps(&inputs.plan.tally.total()),
             seconds: Seconds::new(&client),
             predicted: Counts::predicted(&inputs.plan, |both| both),
             results,

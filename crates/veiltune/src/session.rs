@@ -14,7 +14,7 @@ use sha2::{Digest, Sha256};
 use veiltune_adapt::cache::Source as HiddenStates;
 use veiltune_engine::material::{DealId, FileSource, Label, Source};
 use veiltune_engine::session::{MaterialFrom, PartySession, Plan, Report};
-use veiltune_engine::{Comparison, Party, Result as EngineResult};
+use veiltune_engine::{Comparison, Cost, Party, Result as EngineResult};
 use veiltune_hub::AdapterConfig;
 use veiltune_nn::Method;
 use veiltune_nn::load::Served;
@@ -36,13 +36,13 @@ const AHEAD: usize = 8;
 const POLL: Duration = Duration::from_millis(50);
 
 /// Whether there is too much material to be all prepared before the online phase begins: the two phases then overlap.
-pub fn overlaps(plan: &Plan) -> bool {
-    plan.tally.total().dealer_bytes.into_iter().max() > Some(PREPARED)
+pub fn overlaps(total: &Cost) -> bool {
+    total.dealer_bytes.into_iter().max() > Some(PREPARED)
 }
 
 /// How many gates the preparation then runs ahead; None where it comes first.
-pub fn ahead(plan: &Plan) -> Option<usize> {
-    overlaps(plan).then_some(AHEAD)
+pub fn ahead(total: &Cost) -> Option<usize> {
+    overlaps(total).then_some(AHEAD)
 }
 
 /// A number that no other session has.
@@ -361,7 +361,7 @@ impl<'a> Session<'a> {
             party,
             peer: peer.clone(),
             material: material.from,
-            ahead: ahead(&self.plan),
+            ahead: ahead(&self.plan.tally.total()),
             outside: Box::new(VecDeque::new()),
         };
         let batches = self.request.batches;

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use common::{LIMIT, Output, assets, pictures, run, veiltune, wait_for};
 use serde_json::Value;
+use veiltune_nn::load::Classifier;
 
 /// More than any failure may take.
 const PROMPTLY: Duration = Duration::from_secs(30);
@@ -434,6 +435,39 @@ fn what_is_wrong_is_named_before_anybody_is_called() {
     classify(&keys.path().join("dealer"), &config, image).explains(2, &["client.pem", "client folder"]);
     classify(&client, &client.join("client.pem"), image).explains(2, &["client.pem", "--adapter-config"]);
     classify(&client, &config, &client.join("client.pem")).explains(2, &["client.pem", "PNG or JPEG"]);
+    for address in ["127.0.0.1", "127.0.0.1:70000", ":7001", "::1:7001"] {
+        let output = run(veiltune()
+            .args(["classify", "--provider", address, "--keys"])
+            .arg(&client)
+            .arg(image));
+        assert_eq!(output.status.code(), Some(2), "{address}");
+        for part in ["--provider", "HOST:PORT"] {
+            assert!(output.stderr.contains(part), "{address}: {}", output.stderr);
+        }
+    }
+}
+
+#[test]
+fn weights_that_fixed_point_cannot_hold_are_not_served() {
+    let keys = keys();
+    let dir = tempfile::tempdir().unwrap();
+    let mut classifier = Classifier::open(&assets().join("adapter")).unwrap();
+    classifier.weights.get_mut("head.weight").unwrap().values[10] = 1e30;
+    classifier.write(dir.path()).unwrap();
+    let mut serve = veiltune();
+    serve.args([
+        "serve",
+        "--listen",
+        "127.0.0.1:0",
+        "--dealer",
+        "127.0.0.1:9",
+        "--keys",
+    ]);
+    serve
+        .arg(keys.path().join("provider"))
+        .arg("--adapter")
+        .arg(dir.path());
+    run(&mut serve).explains(2, &["head.weight", "entry 10", "--adapter"]);
 }
 
 #[test]

@@ -516,6 +516,30 @@ fn an_adapter_or_a_backbone_that_does_not_fit_is_named() {
 }
 
 #[test]
+fn classes_without_pictures_are_said_and_a_search_without_an_adapter_fails() {
+    // Of one picture of a class none is left to validate on.
+    let world = World::new(1);
+    let trained = run(&mut world.train("few", &["--epochs", "0", "--validation", "0.1"]));
+    assert!(
+        trained.status.success() && trained.stderr.contains("left to validate on"),
+        "{}",
+        trained.stderr
+    );
+    let world = World::new(2);
+    let mut command = world.command("search", &["--seconds", "1e-12", "--ranks", "8", "--scopes", "1"]);
+    command
+        .args(["--validation", "0.5", "--out"])
+        .arg(world.at("search"));
+    let found = run(&mut command);
+    assert_eq!(found.status.code(), Some(1), "{}", found.stderr);
+    let last = found.stderr.lines().last().unwrap();
+    assert!(
+        last.contains("no adapter") && last.contains("--seconds"),
+        "{last}"
+    );
+}
+
+#[test]
 fn what_makes_no_sense_is_refused_before_anything_is_done() {
     let world = World::new(2);
     fs::write(world.at("file"), "").unwrap();
@@ -530,6 +554,13 @@ fn what_makes_no_sense_is_refused_before_anything_is_done() {
             &["--epochs 0", "at least 1"],
         ),
         ("none", &["--views", "0"], &["--views"]),
+        ("none", &["--views", "100000000"], &["--views", "at most 1000"]),
+        ("none", &["--pictures", "0"], &["--pictures", "at least 1"]),
+        (
+            "none",
+            &["--method", "lora", "--rank", "97"],
+            &["--rank 97", "width 96"],
+        ),
         ("none", &["--patience", "0"], &["--patience"]),
         ("none", &["--crop-scale", "0"], &["--crop-scale", "at most 1"]),
         ("none", &["--decay", "NaN"], &["--decay"]),
@@ -546,6 +577,19 @@ fn what_makes_no_sense_is_refused_before_anything_is_done() {
         run(command.arg(world.at(out)).args(args)).explains(2, parts);
         assert!(!world.at("cache").exists(), "{args:?}");
     }
+    // A report of something else.
+    fs::create_dir(world.at("other")).unwrap();
+    fs::write(world.at("other/report.json"), "mine").unwrap();
+    run(&mut world.train("other", &["--epochs", "0"])).explains(2, &["report.json", "--out"]);
+    assert_eq!(fs::read(world.at("other/report.json")).unwrap(), b"mine");
+    // One class alone.
+    fs::create_dir(world.at("one")).unwrap();
+    let across = world.data().join("train").join(CLASSES[0]);
+    fs::rename(across, world.at("one").join(CLASSES[0])).unwrap();
+    let mut one = veiltune();
+    one.args(["train", "--data"]).arg(world.at("one"));
+    run(one.arg("--out").arg(world.at("none"))).explains(2, &["one class", CLASSES[0], "at least two"]);
+
     for (args, parts) in [
         (&["--accuracy", "1.5"][..], &["--accuracy", "at most 1"][..]),
         (&["--seconds", "0"], &["--seconds", "positive"]),

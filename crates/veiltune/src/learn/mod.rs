@@ -487,8 +487,8 @@ pub fn check_classes(labelled: &Labelled) -> Result<()> {
     }
 }
 
-/// Says of how many classes nothing is trained or validated on.
-pub fn warn_of_empty_classes(states: &States, noun: &str, learn: &[usize], check: &[usize]) {
+/// Says of how many classes nothing is trained on, or validated on if anything was to be.
+pub fn warn_of_empty_classes(states: &States, noun: &str, (learn, check): (&[usize], &[usize]), share: f64) {
     let all = states.classes().len();
     let without = |which: &[usize]| {
         let seen: BTreeSet<u32> = which.iter().map(|&i| states.labels()[i]).collect();
@@ -502,7 +502,7 @@ pub fn warn_of_empty_classes(states: &States, noun: &str, learn: &[usize], check
         )),
     }
     match without(check) {
-        count if count > 0 && !check.is_empty() => tell(&format!(
+        count if count > 0 && share > 0.0 => tell(&format!(
             "no {noun} of {count} of {all} classes are left to validate on; give more {noun}, or a larger --validation"
         )),
         _ => {}

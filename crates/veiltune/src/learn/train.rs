@@ -254,7 +254,8 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     make(&args.out)?;
     let states = args.data.states(&labelled, source, &reads, views, &interrupted)?;
     let (learn, check) = states.split_validation(args.recipe.validation, seed);
-    warn_of_empty_classes(&states, labelled.noun(), &learn, &check);
+    let parts = (&learn[..], &check[..]);
+    warn_of_empty_classes(&states, labelled.noun(), parts, args.recipe.validation);
 
     let task = Task {
         method: &method,
