@@ -53,7 +53,7 @@ pub struct DataArgs {
     /// Use only N pictures or texts, the same share of each class
     #[arg(long, visible_alias = "texts", value_name = "N")]
     pub pictures: Option<usize>,
-    /// Leave out pictures that cannot be read, naming and counting them; without this the first one is an error
+    /// Leave out pictures that cannot be read, naming and counting them; without this they are an error that names up to ten
     #[arg(long)]
     pub skip_unreadable: bool,
     /// Folder for the backbone's hidden states [default: veiltune in the user's cache folder]

@@ -312,12 +312,12 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     let report = trained.report.clone();
     if let Some((own, head)) = report.below_head(check.len()) {
         tell(&format!(
-            "of the {} validation {} the adapter gets {:.2} % right, a head alone {:.2} %: {}",
+            "of the {} validation {} the adapter gets {:.2} % right, a head alone {:.2} %: give a smaller --rank, more to train on, or \
+             --method head",
             check.len(),
             labelled.noun(),
             100.0 * own,
-            100.0 * head,
-            "give a smaller --rank, more to train on, or --method head"
+            100.0 * head
         ));
     }
     let classifier = artefact(trained, source, args.data.backbone_name())?;
