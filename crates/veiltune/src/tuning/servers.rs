@@ -275,15 +275,18 @@ impl Station {
 }
 
 /// Time after which whoever was busy is called again.
-const AGAIN: Duration = Duration::from_millis(500);
+const AGAIN: Duration = Duration::from_millis(300);
+
+/// Time after which the user is told: roles take a moment to notice that a run has ended.
+const TOLD: Duration = Duration::from_secs(2);
 
 /// Does `what` until nobody is busy with another run.
 pub fn patiently<T>(mut what: impl FnMut() -> Result<T>) -> Result<T> {
-    let mut told = false;
+    let (start, mut told) = (std::time::Instant::now(), false);
     loop {
         match what() {
             Err(Error::Wire(veiltune_wire::Error::PeerAborted { peer, reason })) if reason == BUSY => {
-                if !std::mem::replace(&mut told, true) {
+                if start.elapsed() > TOLD && !std::mem::replace(&mut told, true) {
                     eprintln!("{peer} is busy with another run; waiting until it is free");
                 }
                 std::thread::sleep(AGAIN);
