@@ -12,7 +12,7 @@ use veiltune_wire::Link;
 use super::lookup::{self, Holder, RowKeys};
 use super::program::{Pass, Shape};
 use super::servers::{Request, Role, Run, Station, patiently};
-use super::store::{Listed, PublicModel};
+use super::store::{Listed, PublicModel, check_name};
 use super::talk;
 use crate::{Error, Result};
 
@@ -29,6 +29,7 @@ pub struct Addresses {
 pub fn models(station: &Station, addresses: &Addresses) -> Result<Vec<Listed>> {
     let [mut first, second]: [Vec<Listed>; 2] = ask_both(station, addresses, &Request::Models)?;
     first.retain(|m| second.contains(m));
+    first.iter().try_for_each(|m| check_name(&m.name))?;
     Ok(first)
 }
 

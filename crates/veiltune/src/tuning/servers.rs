@@ -316,86 +316,76 @@ pub fn share(
     addresses: &[(Role, String)],
     progress: &mut dyn FnMut(f64),
 ) -> Result<()> {
-    patiently(|| try_to_share(station, public, weights, table, addresses, progress))
-}
-
-fn try_to_share(
-    station: &Station,
-    public: &PublicModel,
-    weights: &Tensors,
-    table: &[f32],
-    addresses: &[(Role, String)],
-    progress: &mut dyn FnMut(f64),
-) -> Result<()> {
-    let links = addresses
-        .iter()
-        .map(|(role, address)| Ok((*role, station.call(*role, address)?)))
-        .collect::<Result<BTreeMap<_, _>>>()?;
-    let mut work = || -> Result<()> {
-        for link in links.values() {
-            talk::send(link, &Request::Share(Box::new(public.clone())))?;
-        }
-        let all_say_so = || links.values().try_for_each(|link| link.recv(&mut [0]));
-        all_say_so()?;
-        let [first, second, assistant] =
-            [Role::Server0, Role::Server1, Role::Assistant].map(|role| links.get(&role));
-        let (Some(first), Some(second), Some(assistant)) = (first, second, assistant) else {
-            return Err(Error::Input("a server's address is missing".into()));
-        };
-        let random = || Seed::random().map_err(EngineError::from);
-        let (seed, masks) = (random()?, [random()?, random()?]);
-        first.send(seed.expose().to_vec())?;
-        first.send(masks[0].expose().to_vec())?;
-        second.send(masks[1].expose().to_vec())?;
-        for mask in &masks {
-            assistant.send(mask.expose().to_vec())?;
-        }
-        let inventory = inventory(&public.config)?;
-        let all: usize = inventory
+    patiently(|| {
+        let links = addresses
             .iter()
-            .map(|(_, d)| d.iter().product::<usize>())
-            .sum::<usize>()
-            + table.len();
-        let mut done = 0;
-        for (i, (name, dims)) in inventory.iter().enumerate() {
-            let array = weights
-                .get(name)
-                .filter(|a| a.dims == *dims)
-                .ok_or_else(|| Error::Input(format!("the model has no tensor {name} of shape {dims:?}")))?;
-            let words = encode(name, &array.values)?;
-            let first = Prg::new(&seed, i as u64, 0).vec(words.len());
-            let share: Vec<u64> = words.iter().zip(first).map(|(w, f)| w.wrapping_sub(f)).collect();
-            talk::send_words(second, &share)?;
-            second.flush()?;
-            done += words.len();
-            progress(done as f64 / all as f64);
-        }
-        let width = table_width(&public.config);
-        for (i, rows) in table.chunks(width * TABLE_ROWS).enumerate() {
-            let mut words = encode("the word table", rows)?;
-            let mut mask = vec![0; words.len()];
-            let range = TABLE_ROWS * i..TABLE_ROWS * i + words.len() / width;
-            for seed in &masks {
-                lookup::mask_rows(seed, range.clone(), width, &mut mask);
-                words
-                    .iter_mut()
-                    .zip(&mask)
-                    .for_each(|(w, m)| *w = w.wrapping_add(*m));
+            .map(|(role, address)| Ok((*role, station.call(*role, address)?)))
+            .collect::<Result<BTreeMap<_, _>>>()?;
+        let mut work = || -> Result<()> {
+            for link in links.values() {
+                talk::send(link, &Request::Share(Box::new(public.clone())))?;
             }
-            for link in [first, second] {
-                talk::send_words(link, &words)?;
-                link.flush()?;
+            let all_say_so = || links.values().try_for_each(|link| link.recv(&mut [0]));
+            all_say_so()?;
+            let [first, second, assistant] =
+                [Role::Server0, Role::Server1, Role::Assistant].map(|role| links.get(&role));
+            let (Some(first), Some(second), Some(assistant)) = (first, second, assistant) else {
+                return Err(Error::Input("a server's address is missing".into()));
+            };
+            let random = || Seed::random().map_err(EngineError::from);
+            let (seed, masks) = (random()?, [random()?, random()?]);
+            first.send(seed.expose().to_vec())?;
+            first.send(masks[0].expose().to_vec())?;
+            second.send(masks[1].expose().to_vec())?;
+            for mask in &masks {
+                assistant.send(mask.expose().to_vec())?;
             }
-            done += words.len();
-            progress(done as f64 / all as f64);
-        }
-        // Nobody offers the model before all have stored their parts.
-        all_say_so()?;
-        links.values().try_for_each(|link| link.send(vec![1]))?;
-        Ok(all_say_so()?)
-    };
-    work().inspect_err(|e| links.values().for_each(|link| link.abort(&e.for_peer())))?;
-    links.values().try_for_each(|link| Ok(link.close()?))
+            let inventory = inventory(&public.config)?;
+            let all: usize = inventory
+                .iter()
+                .map(|(_, d)| d.iter().product::<usize>())
+                .sum::<usize>()
+                + table.len();
+            let mut done = 0;
+            for (i, (name, dims)) in inventory.iter().enumerate() {
+                let array = weights.get(name).filter(|a| a.dims == *dims).ok_or_else(|| {
+                    Error::Input(format!("the model has no tensor {name} of shape {dims:?}"))
+                })?;
+                let words = encode(name, &array.values)?;
+                let first = Prg::new(&seed, i as u64, 0).vec(words.len());
+                let share: Vec<u64> = words.iter().zip(first).map(|(w, f)| w.wrapping_sub(f)).collect();
+                talk::send_words(second, &share)?;
+                second.flush()?;
+                done += words.len();
+                progress(done as f64 / all as f64);
+            }
+            let width = table_width(&public.config);
+            for (i, rows) in table.chunks(width * TABLE_ROWS).enumerate() {
+                let mut words = encode("the word table", rows)?;
+                let mut mask = vec![0; words.len()];
+                let range = TABLE_ROWS * i..TABLE_ROWS * i + words.len() / width;
+                for seed in &masks {
+                    lookup::mask_rows(seed, range.clone(), width, &mut mask);
+                    words
+                        .iter_mut()
+                        .zip(&mask)
+                        .for_each(|(w, m)| *w = w.wrapping_add(*m));
+                }
+                for link in [first, second] {
+                    talk::send_words(link, &words)?;
+                    link.flush()?;
+                }
+                done += words.len();
+                progress(done as f64 / all as f64);
+            }
+            // Nobody offers the model before all have stored their parts.
+            all_say_so()?;
+            links.values().try_for_each(|link| link.send(vec![1]))?;
+            Ok(all_say_so()?)
+        };
+        work().inspect_err(|e| links.values().for_each(|link| link.abort(&e.for_peer())))?;
+        links.values().try_for_each(|link| Ok(link.close()?))
+    })
 }
 
 fn encode(name: &str, values: &[f32]) -> Result<Vec<u64>> {

@@ -53,17 +53,23 @@ pub struct Listed {
     pub fingerprint: String,
 }
 
+/// Refuses names that are not fit for a terminal.
+pub fn check_name(name: &str) -> Result<()> {
+    match name.is_empty() || name.len() > 200 || name.chars().any(char::is_control) {
+        true => Err(Error::Refused(
+            "a model's name has 1 to 200 bytes and no control characters".into(),
+        )),
+        false => Ok(()),
+    }
+}
+
 /// Most parameters of a model, its word table included.
 const MOST: u128 = 1 << 34;
 
 impl PublicModel {
     /// Refuses what no model has, and what would only exhaust memory.
     pub fn check(&self) -> Result<()> {
-        if self.name.is_empty() || self.name.len() > 200 || self.name.chars().any(char::is_control) {
-            return Err(Error::Refused(
-                "a model's name has 1 to 200 bytes and no control characters".into(),
-            ));
-        }
+        check_name(&self.name)?;
         let c = &self.config;
         c.check()?;
         let [d, heads, groups, width, mlp, layers] = [

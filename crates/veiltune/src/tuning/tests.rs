@@ -425,6 +425,9 @@ fn servers_outlive_a_data_owner_that_vanishes() {
                 .to_string()
         };
         assert!(again(&public).contains("here already"));
+        let mut named = public.clone();
+        named.name = "\u{1b}[2J".into();
+        assert!(again(&named).contains("control characters") && named.check().is_err());
         // Sizes that would only exhaust memory are refused before anything is made of them.
         let mut endless = public.clone();
         endless.config.intermediate_size = 1 << 20;
