@@ -98,7 +98,7 @@ impl Sink for LinkSink {
         match self.link.flush() {
             // A party that has taken all it needs may be done, and gone, before the dealer is. If it went too early,
             // it says so itself, and so does its peer.
-            Err(veiltune_wire::Error::PeerGone { how, .. }) if how == "closed" => Ok(()),
+            Err(e) if e.is_orderly_end() => Ok(()),
             other => Ok(other?),
         }
     }

@@ -207,6 +207,12 @@ pub fn client(c: &Config<ClientConfig>, tell: Tell, open: &Open) -> Result<()> {
         });
     };
 
+    // An address that is wrong is found before the backbone has run.
+    if let Material::Dealer(address) = &own.material {
+        station.look(Role::Dealer, address)?;
+    }
+    station.look(Role::Provider, &own.provider)?;
+
     // image -> preprocess -> backbone, in the clear -> what the private part reads
     let batch = request.batches.batch.get();
     prepared(
@@ -291,8 +297,7 @@ pub fn provider(c: &Config<ProviderConfig>, tell: Tell, open: &Open) -> Result<(
         Budget::open(own.budget, own.budget_file.clone())?,
     );
 
-    let play = |client: Arc<dyn Link>| {
-        let (id, request) = welcome(&client, &own.limits)?;
+    let play = |client: Arc<dyn Link>, id: SessionId, request: Request| {
         let session = Session::new(
             &station,
             Role::Provider,
@@ -342,8 +347,7 @@ pub fn dealer(c: &Config<DealerConfig>, tell: Tell, open: &Open) -> Result<()> {
     let waiting: Mutex<HashMap<SessionId, SyncSender<Arc<dyn Link>>>> = Mutex::default();
     let waiting = || waiting.lock().unwrap_or_else(PoisonError::into_inner);
 
-    let play = |client: Arc<dyn Link>| {
-        let (_, request) = welcome(&client, limits)?;
+    let play = |client: Arc<dyn Link>, _: SessionId, request: Request| {
         let id = new_session()?;
         let session = Session::new(&station, Role::Dealer, id, request, None, &served)?;
         // A place for the provider, which calls as soon as the client has told it the number.
@@ -371,8 +375,7 @@ pub fn dealer(c: &Config<DealerConfig>, tell: Tell, open: &Open) -> Result<()> {
         waiting().remove(&id);
         dealt
     };
-    let join = |provider: Arc<dyn Link>| {
-        let (id, _) = welcome(&provider, limits)?;
+    let join = |provider: Arc<dyn Link>, id: SessionId, _: Request| {
         // Taken out: nobody joins a session twice.
         let session = waiting().remove(&id);
         let joined = session.filter(|_| provider.send(READY.to_vec()).is_ok());
@@ -394,12 +397,6 @@ pub fn dealer(c: &Config<DealerConfig>, tell: Tell, open: &Open) -> Result<()> {
 
 /// Says that everybody is there: the dealer to the provider that has called, that one to the client, the client to the dealer.
 const READY: [u8; 1] = [1];
-
-/// Hears what a caller asks for, who is told if it is too much.
-fn welcome(link: &Arc<dyn Link>, limits: &Limits) -> Result<(SessionId, Request)> {
-    let asked = Request::receive(link).and_then(|asked| limits.check(&asked.1).map(|()| asked));
-    asked.inspect_err(|e| link.abort(&e.for_peer()))
-}
 
 /// Ends this process when the one that started it is gone: nothing else holds its standard input open.
 pub fn end_with_parent() {

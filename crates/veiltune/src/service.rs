@@ -12,7 +12,7 @@ use veiltune_wire::Link;
 use veiltune_wire::tcp::Listener;
 
 use crate::roles::Role;
-use crate::session::{Request, Station};
+use crate::session::{Request, SessionId, Station};
 use crate::{Error, Result};
 
 /// What a service does for whom.
@@ -126,11 +126,15 @@ impl Budget {
     }
 }
 
-/// What is done with a link that was accepted.
-pub type Play<'a> = &'a (dyn Fn(Arc<dyn Link>) -> Result<()> + Sync);
+/// What is done for a caller that has asked for something.
+pub type Play<'a> = &'a (dyn Fn(Arc<dyn Link>, SessionId, Request) -> Result<()> + Sync);
 
-/// Accepts calls, and plays each client's session on a thread of its own. A provider that calls is handed to `join`, if that
-/// is given. Of either there are at most `limits.parallel` at a time. A session that fails is told of, and ends alone.
+/// Most callers that have yet to ask for anything.
+const ASKING: usize = 64;
+
+/// Accepts calls, and plays each client's session on a thread of its own, at most `limits.parallel` at a time. A provider that
+/// calls is handed to `join`, if that is given. A session that fails is told of, and ends alone; a caller that hangs up before
+/// it asks for anything has looked whether anybody is here.
 ///
 /// # Errors
 /// How the session failed, if there was to be only one; that some have, if there were to be more.
@@ -141,73 +145,115 @@ pub fn serve(
     play: Play,
     join: Option<Play>,
 ) -> Result<()> {
-    let (active, joining) = (AtomicUsize::new(0), AtomicUsize::new(0));
-    // How many sessions failed, and how the last did: a service may run for long.
-    let failures = Mutex::new((0, None));
+    let (asking, active) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let sessions = Mutex::new(Sessions::default());
+    let sessions = || sessions.lock().unwrap_or_else(PoisonError::into_inner);
+    let more = || limits.sessions.is_none_or(|n| sessions().begun < n.get());
     let only = limits.sessions == Some(NonZeroUsize::MIN);
-    let mut begun = 0;
-    thread::scope(|scope| {
-        loop {
-            let more = limits.sessions.is_none_or(|n| begun < n.get());
-            if !more && active.load(SeqCst) == 0 {
-                break;
+
+    let answer = |link: Arc<dyn Link>, asks: Place| {
+        let from = link.peer().clone();
+        let asked = Request::receive(&link).and_then(|(id, request)| {
+            limits.check(&request)?;
+            Ok((id, request))
+        });
+        drop(asks);
+        if let Err(Error::Wire(e)) = &asked
+            && e.is_orderly_end()
+        {
+            return tracing::debug!("{from} has looked whether anybody is here");
+        }
+        let asked = asked.inspect_err(|e| link.abort(&e.for_peer()));
+        if let Some(join) = join.filter(|_| from == Role::Provider.identity()) {
+            if let Err(e) = asked.and_then(|(id, request)| join(link, id, request)) {
+                tracing::warn!("sent {from} away: {e}");
             }
+            return;
+        }
+        let Some(_place) = Place::take(&active, limits.parallel.get()) else {
+            return send_away(&link, &busy(limits.parallel.get()));
+        };
+        if !sessions().begin(limits) {
+            return send_away(&link, NO_MORE);
+        }
+        if let Err(e) = asked.and_then(|(id, request)| play(link, id, request)) {
+            if !only {
+                tracing::warn!("a session with {from} failed: {e}");
+            }
+            sessions().fail(e);
+        }
+    };
+    thread::scope(|scope| {
+        while more() || active.load(SeqCst) > 0 {
             let mut roles = Vec::new();
-            roles.extend(more.then_some(Role::Client));
+            roles.extend(more().then_some(Role::Client));
             roles.extend(join.map(|_| Role::Provider));
             let Some(link) = station.accept(listener, &roles) else {
                 continue;
             };
-            let from = link.peer().clone();
-            let limit = limits.parallel.get();
-            // There are never more sessions that wait for their providers.
-            let join = join.filter(|_| from == Role::Provider.identity());
-            let others = if join.is_some() { &joining } else { &active };
-            match join {
-                _ if others.load(SeqCst) >= limit => {
-                    let busy = format!("busy with {limit} other sessions; try again later");
-                    tracing::warn!("sent {from} away: {busy}");
-                    link.abort(&busy);
-                }
-                Some(join) => {
-                    joining.fetch_add(1, SeqCst);
-                    let joining = Ended(&joining);
-                    scope.spawn(move || {
-                        let _joining = joining;
-                        if let Err(e) = join(link) {
-                            tracing::warn!("sent {from} away: {e}");
-                        }
-                    });
-                }
-                None => {
-                    begun += 1;
-                    active.fetch_add(1, SeqCst);
-                    let (active, failures) = (Ended(&active), &failures);
-                    scope.spawn(move || {
-                        let _active = active;
-                        if let Err(e) = play(link) {
-                            if !only {
-                                tracing::warn!("a session with {from} failed: {e}");
-                            }
-                            let mut failures = failures.lock().unwrap_or_else(PoisonError::into_inner);
-                            *failures = (failures.0 + 1, Some(e));
-                        }
-                    });
-                }
+            match Place::take(&asking, ASKING) {
+                Some(asks) => drop(scope.spawn(|| answer(link, asks))),
+                None => send_away(&link, &busy(ASKING)),
             }
         }
+        // Only they are left who have not asked for anything yet.
+        station.end(NO_MORE);
     });
-    match failures.into_inner().unwrap_or_else(PoisonError::into_inner) {
-        (_, None) => Ok(()),
-        (_, Some(e)) if only => Err(e),
-        (failed, Some(_)) => Err(Error::Sessions { failed, of: begun }),
+    let Sessions { begun, failed, last } = std::mem::take(&mut *sessions());
+    match last {
+        None => Ok(()),
+        Some(e) if only => Err(e),
+        Some(_) => Err(Error::Sessions { failed, of: begun }),
     }
 }
 
-/// Counts a session or a caller out, however it ended.
-struct Ended<'a>(&'a AtomicUsize);
+/// What callers are told after the last session.
+const NO_MORE: &str = "no more sessions are served here";
 
-impl Drop for Ended<'_> {
+fn busy(others: usize) -> String {
+    format!("busy with {others} others; try again later")
+}
+
+fn send_away(link: &Arc<dyn Link>, why: &str) {
+    tracing::warn!("sent {} away: {why}", link.peer());
+    link.abort(why);
+}
+
+/// The sessions of a service, which may run for long.
+#[derive(Default)]
+struct Sessions {
+    begun: usize,
+    failed: usize,
+    /// How the last of these did.
+    last: Option<Error>,
+}
+
+impl Sessions {
+    /// Counts one that begins, if there may be another.
+    fn begin(&mut self, limits: &Limits) -> bool {
+        let more = limits.sessions.is_none_or(|n| self.begun < n.get());
+        self.begun += usize::from(more);
+        more
+    }
+
+    fn fail(&mut self, e: Error) {
+        self.failed += 1;
+        self.last = Some(e);
+    }
+}
+
+/// One of a limited number; free again once it is dropped.
+struct Place<'a>(&'a AtomicUsize);
+
+impl Place<'_> {
+    fn take(taken: &AtomicUsize, limit: usize) -> Option<Place<'_>> {
+        let one_more = |n| (n < limit).then_some(n + 1);
+        taken.fetch_update(SeqCst, SeqCst, one_more).ok()?;
+        Some(Place(taken))
+    }
+}
+
+impl Drop for Place<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, SeqCst);
     }

@@ -19,7 +19,7 @@ use rustls::Connection;
 use crate::{
     Error, Identity, Link, Meter, Options, Result,
     emulate::{DelayLine, Passage, SPIN, spin_until},
-    error::sanitise,
+    error::{CLOSED, sanitise},
     frame::{Assembler, Kind, header},
     inbox::Inbox,
     link::{Counters, check_message, deliver, later},
@@ -36,8 +36,6 @@ const HEARTBEATS: u32 = 6;
 const BREATH: Duration = Duration::from_millis(10);
 /// Bytes that are encrypted at a time: few enough to stay in the cache until the socket takes them.
 const PIECE: usize = 64 << 10;
-/// How a peer is gone that closed in good order.
-const CLOSED: &str = "closed";
 /// Bytes read from the socket at a time.
 const READ: usize = 256 << 10;
 
@@ -265,8 +263,8 @@ impl Shared {
                 Some(Error::Closed { .. }) => return Ok(()),
                 None => {}
                 // The peer wants nothing more, which is all right if there is nothing more.
-                Some(Error::PeerGone { how, .. }) if how == CLOSED && outbox.written() => break Ok(()),
-                Some(Error::PeerGone { how, .. }) if how == CLOSED && !outbox.reader_done => {}
+                Some(error) if error.is_orderly_end() && outbox.written() => break Ok(()),
+                Some(error) if error.is_orderly_end() && !outbox.reader_done => {}
                 Some(error) => return Err(error),
             }
             if !outbox.closing {

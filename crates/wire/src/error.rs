@@ -272,6 +272,11 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether the peer has closed the link in good order.
+    pub fn is_orderly_end(&self) -> bool {
+        matches!(self, Error::PeerGone { how, .. } if how == CLOSED)
+    }
+
     /// What the peers are told of it: nothing of this machine's files and addresses, which only this side's own message names.
     pub fn for_peer(&self) -> String {
         match self {
@@ -290,6 +295,9 @@ impl Error {
         }
     }
 }
+
+/// How a peer is gone that closed in good order.
+pub(crate) const CLOSED: &str = "closed";
 
 /// Longest text taken from a peer, in bytes.
 pub(crate) const MAX_TEXT: usize = 256;

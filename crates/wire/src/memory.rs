@@ -9,7 +9,7 @@ use std::{
 use crate::{
     Error, Identity, Link, Meter, Options, Result,
     emulate::DelayLine,
-    error::sanitise,
+    error::{CLOSED, sanitise},
     inbox::Inbox,
     link::{Counters, check_message, deliver},
 };
@@ -110,7 +110,7 @@ impl Link for MemoryLink {
                 self.outgoing.end(
                     Error::PeerGone {
                         peer: self.me.clone(),
-                        how: "closed".into(),
+                        how: CLOSED.into(),
                     },
                     false,
                 );

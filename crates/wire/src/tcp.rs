@@ -8,7 +8,10 @@ use std::{
     fmt,
     io::{self, Read, Write},
     net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs},
-    sync::Arc,
+    sync::{
+        Arc, Mutex, PoisonError,
+        mpsc::{Receiver, Sender, channel},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -29,6 +32,8 @@ use crate::{
 const RETRY: Duration = Duration::from_millis(50);
 /// Longest time to tell a caller or listener why there will be no link.
 const FAREWELL: Duration = Duration::from_millis(500);
+/// Most callers that shake hands at the same time; further ones wait in the system's queue.
+const STRANGERS: usize = 64;
 
 /// Waits for calls at one address.
 pub struct Listener {
@@ -36,6 +41,15 @@ pub struct Listener {
     address: SocketAddr,
     config: Arc<ServerConfig>,
     options: Options,
+    /// Callers that have shaken hands, or failed to. Each does so on a thread of its own, lest one who takes its time, before
+    /// anybody knows who it is, keeps the others waiting.
+    met: (Sender<Result<Setup>>, Mutex<Met>),
+}
+
+struct Met {
+    callers: Receiver<Result<Setup>>,
+    /// How many have yet to say who they are.
+    strangers: usize,
 }
 
 impl Listener {
@@ -55,6 +69,16 @@ impl Listener {
             address,
             config: tls::server_config(credentials)?,
             options: options.clone(),
+            met: {
+                let (met, callers) = channel();
+                (
+                    met,
+                    Mutex::new(Met {
+                        callers,
+                        strangers: 0,
+                    }),
+                )
+            },
         })
     }
 
@@ -70,31 +94,22 @@ impl Listener {
     /// for a caller that is not one of them. The listener stays usable after such a call.
     pub fn accept(&self, expected: &[Identity]) -> Result<TcpLink> {
         let start = Instant::now();
-        let (socket, _) = loop {
-            match self.listener.accept() {
-                Ok(call) => break call,
-                Err(error) if error.kind() != io::ErrorKind::WouldBlock => {
-                    return Err(Error::io(format!("accepting a call at {}", self.address))(error));
-                }
-                Err(_) if start.elapsed() >= self.options.connect => {
-                    let expected = tls::any_of(expected);
-                    return Err(Error::NobodyCame {
-                        expected,
-                        address: self.address,
-                        waited: start.elapsed(),
-                    });
-                }
-                Err(_) => thread::sleep(Duration::from_millis(2)),
+        let mut caller = loop {
+            if let Some(caller) = self.meet()? {
+                break caller?;
             }
+            if start.elapsed() >= self.options.connect {
+                return Err(Error::NobodyCame {
+                    expected: tls::any_of(expected),
+                    address: self.address,
+                    waited: start.elapsed(),
+                });
+            }
+            thread::sleep(Duration::from_millis(2));
         };
-        let setup = Setup::new(
-            socket,
-            tls::server(&self.config)?,
-            Identity::unknown(),
-            &self.options,
-            self.options.handshake,
-        )?;
-        setup.finish(|setup| {
+        // It may have waited for somebody to have time for it.
+        caller.start = Instant::now();
+        caller.finish(|setup| {
             setup.peer = match tls::identify(&setup.connection, expected) {
                 Ok(peer) => peer,
                 Err(error) => {
@@ -105,6 +120,32 @@ impl Listener {
             setup.say(Kind::Hello, GREETING)?;
             setup.expect_greeting()
         })
+    }
+
+    /// Begins to shake hands with all who have called, and returns one with whom that is over, if there is one.
+    fn meet(&self) -> Result<Option<Result<Setup>>> {
+        let mut met = self.met.1.lock().unwrap_or_else(PoisonError::into_inner);
+        while met.strangers < STRANGERS {
+            let socket = match self.listener.accept() {
+                Ok((socket, _)) => socket,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => return Err(Error::io(format!("accepting a call at {}", self.address))(error)),
+            };
+            let connection = tls::server(&self.config)?;
+            let (options, limit) = (self.options.clone(), self.options.handshake);
+            let setup = Setup::new(socket, connection, Identity::unknown(), options, limit)?;
+            let tell = self.met.0.clone();
+            thread::Builder::new()
+                .spawn(move || {
+                    // Nobody hears it any more if the listener is gone.
+                    let _ = tell.send(setup.shake_hands());
+                })
+                .map_err(Error::io("shaking hands with a caller"))?;
+            met.strangers += 1;
+        }
+        let caller = met.callers.try_recv().ok();
+        met.strangers -= usize::from(caller.is_some());
+        Ok(caller)
     }
 }
 
@@ -130,8 +171,8 @@ pub fn connect(
     let socket = reach(address, peer, options)?;
     // The system completes calls to a listener that does not accept yet; that one may take its time.
     let limit = options.handshake.max(options.connect);
-    let setup = Setup::new(socket, connection, peer.clone(), options, limit)?;
-    setup.finish(|setup| {
+    let setup = Setup::new(socket, connection, peer.clone(), options.clone(), limit)?;
+    setup.shake_hands()?.finish(|setup| {
         // The listening side speaks first, because only it knows whether it accepts this side's certificate.
         setup.expect_greeting()?;
         setup.say(Kind::Hello, GREETING)
@@ -169,23 +210,23 @@ fn reach(address: &str, peer: &Identity, options: &Options) -> Result<TcpStream>
 }
 
 /// A connection before it is a link: one thread, and a time limit for everything.
-struct Setup<'a> {
+struct Setup {
     socket: TcpStream,
     connection: Connection,
     peer: Identity,
-    options: &'a Options,
+    options: Options,
     start: Instant,
     limit: Duration,
 }
 
-impl<'a> Setup<'a> {
+impl Setup {
     fn new(
         socket: TcpStream,
         mut connection: Connection,
         peer: Identity,
-        options: &'a Options,
+        options: Options,
         limit: Duration,
-    ) -> Result<Setup<'a>> {
+    ) -> Result<Setup> {
         let failed = || Error::io("setting up a connection");
         socket.set_nonblocking(false).map_err(failed())?;
         socket.set_nodelay(true).map_err(failed())?;
@@ -201,25 +242,28 @@ impl<'a> Setup<'a> {
         })
     }
 
-    /// TLS handshake, then greetings, then the link.
+    /// The TLS handshake.
+    fn shake_hands(mut self) -> Result<Setup> {
+        let mut io = Limited::new(&self.socket, later(self.start, self.limit));
+        while self.connection.is_handshaking() {
+            if let Err(error) = self.connection.complete_io(&mut io) {
+                let error = tls::explain(&self.peer, error, true, self.start);
+                self.hang_up();
+                return Err(error);
+            }
+        }
+        Ok(self)
+    }
+
+    /// Greetings after it, then the link.
     fn finish(mut self, greet: impl FnOnce(&mut Self) -> Result<()>) -> Result<TcpLink> {
-        match self.shake_hands().and_then(|()| greet(&mut self)) {
+        match greet(&mut self) {
             Ok(()) => self.into_link(),
             Err(error) => {
                 self.hang_up();
                 Err(error)
             }
         }
-    }
-
-    fn shake_hands(&mut self) -> Result<()> {
-        let mut io = Limited::new(&self.socket, later(self.start, self.limit));
-        while self.connection.is_handshaking() {
-            self.connection
-                .complete_io(&mut io)
-                .map_err(|error| tls::explain(&self.peer, error, true, self.start))?;
-        }
-        Ok(())
     }
 
     fn say(&mut self, kind: Kind, body: &[u8]) -> Result<()> {
@@ -297,7 +341,7 @@ impl<'a> Setup<'a> {
         let failed = || Error::io("setting up a connection");
         self.socket.set_read_timeout(None).map_err(failed())?;
         self.socket.set_write_timeout(None).map_err(failed())?;
-        TcpLink::start(self.socket, self.connection, self.peer, self.options.clone()).map_err(failed())
+        TcpLink::start(self.socket, self.connection, self.peer, self.options).map_err(failed())
     }
 }
 

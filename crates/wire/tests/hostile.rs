@@ -182,15 +182,33 @@ fn a_good_certificate_of_somebody_else_is_not_enough() {
 fn a_listener_survives_a_stranger() {
     let listener = Listener::bind("127.0.0.1:0", &credentials("dealer"), &hasty()).unwrap();
     let address = listener.address().to_string();
+    drop(TcpStream::connect(&address).unwrap());
+    assert_error!(listener.accept(&[id("client")]), Error::PeerGone { .. });
     let caller = thread::spawn(move || {
-        drop(TcpStream::connect(&address).unwrap());
         tcp::connect(&address, &credentials("client"), &id("dealer"), &hasty()).unwrap()
     });
-    assert_error!(listener.accept(&[id("client")]), Error::PeerGone { .. });
     assert_eq!(
         listener.accept(&[id("client")]).unwrap().peer().as_str(),
         "client"
     );
+    caller.join().unwrap();
+}
+
+#[test]
+fn strangers_that_say_nothing_keep_nobody_waiting() {
+    let listener = Listener::bind("127.0.0.1:0", &credentials("dealer"), &hasty()).unwrap();
+    let address = listener.address().to_string();
+    let silent = [(); 20].map(|()| TcpStream::connect(&address).unwrap());
+    let caller = thread::spawn(move || {
+        tcp::connect(&address, &credentials("client"), &id("dealer"), &hasty()).unwrap()
+    });
+    // The one that came last, before any of them has run out of time.
+    let link = listener.accept(&[id("client")]).unwrap();
+    assert_eq!(link.peer().as_str(), "client");
+    for _ in &silent {
+        assert_error!(listener.accept(&[id("client")]), Error::Silent { .. });
+    }
+    assert_error!(listener.accept(&[id("client")]), Error::NobodyCame { .. });
     caller.join().unwrap();
 }
 
