@@ -159,12 +159,6 @@ impl FileSink {
         options.write(true).create_new(true);
         #[cfg(unix)]
         std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
-        if path.exists() {
-            return Err(Error::File(format!(
-                "{} exists; material is never overwritten",
-                path.display()
-            )));
-        }
         let file = options.open(&partial).map_err(|e| match e.kind() {
             std::io::ErrorKind::AlreadyExists => Error::File(format!(
                 "{} exists: another dealer is writing it, or one was killed and left it behind; then remove it",
@@ -180,6 +174,13 @@ impl FileSink {
             block: Hasher::new(),
             checksums: Vec::new(),
         };
+        // Another dealer that was about to be done is done now, or would still hold the name that was just taken.
+        if path.exists() {
+            return Err(Error::File(format!(
+                "{} exists; material is never overwritten",
+                path.display()
+            )));
+        }
         let mut header = Vec::with_capacity(HEADER + CHECKSUM);
         header.extend_from_slice(MAGIC);
         header.push(label.party.index() as u8);

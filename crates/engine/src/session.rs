@@ -14,7 +14,7 @@ use crate::material::{DealId, LinkSink, LinkSource, ParameterStore, Queue, Sink,
 use crate::offline::Offline;
 use crate::online::Online;
 use crate::protocols::compare::Comparison;
-use crate::{Backend, Error, Outside, Party, Result, Revealed};
+use crate::{Backend, Cost, Error, Outside, Party, Result, Revealed};
 
 /// What is run: parameters once, then any number of forward passes.
 ///
@@ -73,25 +73,30 @@ fn plan_with<P: Program>(program: &P, passes: usize, comparison: Comparison) -> 
     })
 }
 
-/// The way to compare that takes `passes` passes of `program` through the network sooner: a latency for each round, and
+/// The way to compare that takes `passes` passes of `program` through the network sooner, by [`sooner`].
+pub fn cheapest_comparison<P: Program>(program: &P, passes: usize, network: &Network) -> Result<Comparison> {
+    let cost = |comparison| -> Result<Cost> { Ok(plan_with(program, passes, comparison)?.tally.total()) };
+    Ok(sooner(
+        &cost(Comparison::Fss)?,
+        &cost(Comparison::MaskedBits)?,
+        network,
+    ))
+}
+
+/// The way to compare that is through the network sooner, of what a program costs with either: a latency for each round, and
 /// at the network's rate the busier direction's online bytes, then the busier party's bytes from the dealer (each party
 /// has one line for both). Computation is not counted; at equal seconds, as on a network without limits, the fewer bytes from
 /// the dealer win, because they are also the less work.
-pub fn cheapest_comparison<P: Program>(program: &P, passes: usize, network: &Network) -> Result<Comparison> {
-    let cost = |comparison| -> Result<(f64, u64)> {
-        let total = plan_with(program, passes, comparison)?.tally.total();
-        let dealt = total.dealer_bytes[0].max(total.dealer_bytes[1]);
-        let seconds = network
-            .transmission(usize::try_from(dealt).unwrap_or(usize::MAX))
-            .as_secs_f64();
-        Ok((total.network_seconds(network) + seconds, dealt))
-    };
-    let bits_win = cost(Comparison::MaskedBits)? < cost(Comparison::Fss)?;
-    Ok(if bits_win {
-        Comparison::MaskedBits
-    } else {
-        Comparison::Fss
-    })
+pub fn sooner(fss: &Cost, masked_bits: &Cost, network: &Network) -> Comparison {
+    let [fss, masked_bits] = [fss, masked_bits].map(|cost| {
+        let dealt = cost.dealer_bytes[0].max(cost.dealer_bytes[1]);
+        let seconds = network.transmission(usize::try_from(dealt).unwrap_or(usize::MAX));
+        (cost.network_seconds(network) + seconds.as_secs_f64(), dealt)
+    });
+    match masked_bits < fss {
+        true => Comparison::MaskedBits,
+        false => Comparison::Fss,
+    }
 }
 
 /// Deals the material of `passes` forward passes into the two sinks. `progress` is called after each pass.
@@ -178,6 +183,39 @@ pub enum MaterialFrom {
     Source(Box<dyn Source>, Seed),
 }
 
+impl MaterialFrom {
+    /// The link to the dealer, if it is one, the seed, and what material is taken from.
+    #[allow(clippy::type_complexity)]
+    fn open(self, peer: &Arc<dyn Link>) -> Result<(Option<Arc<dyn Link>>, Seed, Box<dyn Source>)> {
+        match self {
+            MaterialFrom::Source(source, seed) => Ok((None, seed, source)),
+            MaterialFrom::Dealer(link) => {
+                let mut seed = [0; 16];
+                link.recv(&mut seed)
+                    .inspect_err(|e| [peer, &link].iter().for_each(|l| l.abort(&e.for_peer())))?;
+                Ok((
+                    Some(link.clone()),
+                    Seed::from_bytes(seed),
+                    Box::new(LinkSource(link)),
+                ))
+            }
+        }
+    }
+}
+
+/// Both parties start the online phase together, with material of the same deal.
+fn begin_online(peer: &dyn Link, deal: DealId) -> Result<()> {
+    peer.send(deal.0.to_vec())?;
+    let mut other = DealId::default();
+    peer.recv(&mut other.0)?;
+    match other == deal {
+        true => Ok(()),
+        false => Err(Error::File(
+            "the other party's material is of another deal: use the two files that were made together".into(),
+        )),
+    }
+}
+
 /// What a party measured.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Report {
@@ -210,19 +248,7 @@ impl PartySession {
             ahead,
             outside,
         } = self;
-        let (dealer, seed, source): (Option<Arc<dyn Link>>, Seed, Box<dyn Source>) = match material {
-            MaterialFrom::Source(source, seed) => (None, seed, source),
-            MaterialFrom::Dealer(link) => {
-                let mut seed = [0; 16];
-                link.recv(&mut seed)
-                    .inspect_err(|e| [&peer, &link].iter().for_each(|l| l.abort(&e.for_peer())))?;
-                (
-                    Some(link.clone()),
-                    Seed::from_bytes(seed),
-                    Box::new(LinkSource(link)),
-                )
-            }
-        };
+        let (dealer, seed, source) = material.open(&peer)?;
         let deal_id = source.deal();
         let dealt = || dealer.as_ref().map_or(0, |d| d.meter().received);
         let dealt_before = dealt();
@@ -276,15 +302,7 @@ impl PartySession {
                 if ahead.is_none() && !program.paced() {
                     done_rx.recv().map_err(|_| Error::Stopped("the offline phase"))?;
                 }
-                // Both start the online phase together, with material of the same deal.
-                peer.send(deal_id.0.to_vec())?;
-                let mut other = DealId::default();
-                peer.recv(&mut other.0)?;
-                if other != deal_id {
-                    return Err(Error::File(
-                        "the other party's material is of another deal: use the two files that were made together".into(),
-                    ));
-                }
+                begin_online(&*peer, deal_id)?;
                 report.offline = start.elapsed();
 
                 let (start, before) = (Instant::now(), peer.meter());

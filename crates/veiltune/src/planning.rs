@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 use serde::Serialize;
-use veiltune_engine::session::Plan;
+use veiltune_engine::session::{Plan, sooner};
 use veiltune_engine::{Comparison, Cost, Memory};
 use veiltune_nn::load::Served;
 use veiltune_wire::Network;
@@ -85,7 +85,7 @@ pub fn run(args: &PlanArgs) -> Result<()> {
     };
     let either = [of(Comparison::Fss)?, of(Comparison::MaskedBits)?];
     let comparison = match args.comparison {
-        Compare::Auto => cheapest(&either, &args.network),
+        Compare::Auto => sooner(&either[0].1.total, &either[1].1.total, &args.network),
         Compare::Fss => Comparison::Fss,
         Compare::MaskedBits => Comparison::MaskedBits,
     };
@@ -179,20 +179,6 @@ fn more(value: &mut u64, less: u64, times: u64) {
     *value = value.saturating_add((*value - less).saturating_mul(times));
 }
 
-/// Which is sooner through the network, as [`Compare::Auto`] has it, without another count.
-fn cheapest(either: &[(Comparison, Counted); 2], network: &Network) -> Comparison {
-    let cost = |(_, counted): &(Comparison, Counted)| {
-        let dealt = counted.total.dealer_bytes[0].max(counted.total.dealer_bytes[1]);
-        let seconds = network.transmission(usize::try_from(dealt).unwrap_or(usize::MAX));
-        (
-            counted.total.network_seconds(network) + seconds.as_secs_f64(),
-            dealt,
-        )
-    };
-    let [fss, bits] = either;
-    if cost(bits) < cost(fss) { bits.0 } else { fss.0 }
-}
-
 /// Either comparison on each network.
 fn estimates(args: &PlanArgs, either: &[(Comparison, Counted); 2]) -> Vec<Estimate> {
     let mut networks = vec![Network::NONE, Network::LAN, Network::WAN];
@@ -201,7 +187,7 @@ fn estimates(args: &PlanArgs, either: &[(Comparison, Counted); 2]) -> Vec<Estima
     }
     let mut estimates = Vec::new();
     for network in networks {
-        let cheapest = cheapest(either, &network);
+        let cheapest = sooner(&either[0].1.total, &either[1].1.total, &network);
         estimates.extend(either.iter().map(|(comparison, counted)| Estimate {
             network,
             comparison: *comparison,
@@ -448,7 +434,7 @@ mod tests {
             });
             for network in [Network::NONE, Network::LAN, Network::WAN] {
                 let known = Compare::Auto.over(&network, &program).unwrap();
-                assert_eq!(cheapest(&either, &network), known);
+                assert_eq!(sooner(&either[0].1.total, &either[1].1.total, &network), known);
             }
         }
     }
