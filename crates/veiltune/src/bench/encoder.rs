@@ -8,8 +8,8 @@ use clap::{Args, ValueEnum};
 use serde::Serialize;
 use veiltune_engine::session::{self, Program};
 use veiltune_engine::{
-    Backend, Comparison, Error as EngineError, Memory, Outside, Owner, Params, Party, Plain,
-    Result as EngineResult, Revealed, Tally,
+    Backend, Comparison, Error as EngineError, Outside, Owner, Params, Party, Plain, Result as EngineResult,
+    Revealed, Tally,
 };
 use veiltune_hub::Array;
 use veiltune_nn::language::{Attention, LanguageCheckpoint, LanguageConfig, LanguageModel, fold};
@@ -18,7 +18,7 @@ use veiltune_ring::codec;
 use veiltune_ring::prg::{Prg, Seed};
 use veiltune_wire::Network;
 
-use super::harness::{stream, time};
+use super::harness::{STREAM_AHEAD, stream, time};
 use crate::{Error, Result};
 
 /// Which model, and over which network.
@@ -266,7 +266,7 @@ struct Report {
     mean_error: f64,
     /// Standard deviation of the result.
     deviation: f64,
-    /// Predicted peak of either server and of the dealer.
+    /// Predicted peak of either server and of the dealer in one pass.
     memory: [u64; 3],
     /// Measured peak of the process that plays all three, calibration included; 0 where the system does not tell.
     peak_of_all: u64,
@@ -293,15 +293,53 @@ pub fn run(args: &EncoderArgs) -> Result<()> {
         },
     };
     let cost: Tally = session::plan(&program, 1)?.tally;
-    let names: VecDeque<(u64, String)> = LanguageCheckpoint::inventory(&config)?
-        .into_iter()
-        .enumerate()
-        .map(|(i, (name, _))| (i as u64, name))
-        .collect();
     let passes = match args.material {
         Material::Prepared => args.runs + 1,
         Material::Streamed => 1,
     };
+    let outside = shared(&config, dims, passes)?;
+    let programs = [&program, &program, &program];
+    let measured = match args.material {
+        Material::Prepared => {
+            let t = time(programs, &cost, args.runs, args.network, outside, args.threads)?;
+            Measured {
+                seconds: t.seconds.median,
+                dealer: Some(t.dealer),
+                offline: Some(t.offline),
+                setup: t.setup,
+                revealed: t.revealed,
+                ahead: t.ahead,
+            }
+        }
+        Material::Streamed => {
+            let t = stream(programs, &cost, args.network, outside, args.threads)?;
+            Measured {
+                seconds: t.seconds,
+                dealer: None,
+                offline: None,
+                setup: t.setup,
+                revealed: t.revealed,
+                ahead: Some(STREAM_AHEAD),
+            }
+        }
+    };
+    let report = Report::new(args, config.num_hidden_layers, &cost, &expected, &measured);
+    if args.json {
+        let text = serde_json::to_string_pretty(&report).map_err(|e| Error::Input(e.to_string()))?;
+        println!("{text}");
+    } else {
+        print(&report);
+    }
+    Ok(())
+}
+
+/// Both servers' shares of the parameters, random ones, and of the inputs of so many passes.
+fn shared(config: &LanguageConfig, dims: [usize; 3], passes: usize) -> Result<[Box<dyn Outside>; 2]> {
+    let names: VecDeque<(u64, String)> = LanguageCheckpoint::inventory(config)?
+        .into_iter()
+        .enumerate()
+        .map(|(i, (name, _))| (i as u64, name))
+        .collect();
     let seed = Seed::random().map_err(EngineError::from)?;
     let mut shares = [VecDeque::new(), VecDeque::new()];
     for _ in 0..passes {
@@ -321,75 +359,61 @@ pub fn run(args: &EncoderArgs) -> Result<()> {
             inputs,
         })
     };
-    let outside = [expanded(Party::P0, first), expanded(Party::P1, second)];
-    let programs = [&program, &program, &program];
-    let (seconds, dealer_seconds, offline_seconds, setup_seconds, revealed) = match args.material {
-        Material::Prepared => {
-            let t = time(programs, &cost, args.runs, args.network, outside, args.threads)?;
-            (
-                t.seconds.median,
-                Some(t.dealer),
-                Some(t.offline),
-                t.setup,
-                t.revealed,
-            )
+    Ok([expanded(Party::P0, first), expanded(Party::P1, second)])
+}
+
+/// What a pass took, as [`Report`] has it, and what it revealed.
+struct Measured {
+    seconds: f64,
+    dealer: Option<f64>,
+    offline: Option<f64>,
+    setup: f64,
+    revealed: [Option<Revealed>; 2],
+    ahead: Option<usize>,
+}
+
+impl Report {
+    /// `expected` is what plain float computes.
+    fn new(args: &EncoderArgs, layers: usize, cost: &Tally, expected: &[f64], m: &Measured) -> Report {
+        let private = m.revealed[0].as_ref().map_or(&[][..], |r| &r.values);
+        let differences: Vec<f64> = private.iter().zip(expected).map(|(a, b)| (a - b).abs()).collect();
+        let n = expected.len().max(1) as f64;
+        let (total, memory) = (cost.total(), &cost.memory);
+        Report {
+            model: format!("{:?}", args.model),
+            layers,
+            tokens: args.tokens,
+            batch: args.batch,
+            attention: format!("{:?}", args.attention).to_lowercase(),
+            network: args.network.to_string(),
+            material: match args.material {
+                Material::Prepared => "prepared",
+                Material::Streamed => "streamed",
+            },
+            threads: args.threads,
+            seconds: m.seconds,
+            dealer_seconds: m.dealer,
+            offline_seconds: m.offline,
+            setup_seconds: m.setup,
+            rounds: total.rounds,
+            online_bytes: total.online_bytes,
+            dealer_bytes: total.dealer_bytes,
+            setup_bytes: cost.setup_bytes,
+            max_error: differences.iter().copied().fold(0.0, f64::max),
+            mean_error: differences.iter().sum::<f64>() / n,
+            deviation: (expected.iter().map(|v| v * v).sum::<f64>() / n).sqrt(),
+            memory: [
+                memory.party(Party::P0, m.ahead),
+                memory.party(Party::P1, m.ahead),
+                memory.dealer(),
+            ],
+            peak_of_all: peak(),
+            operations: cost
+                .operations()
+                .map(|(name, c)| (name.to_owned(), c.clone()))
+                .collect(),
         }
-        Material::Streamed => {
-            let t = stream(programs, &cost, args.network, outside, args.threads)?;
-            (t.seconds, None, None, t.setup, t.revealed)
-        }
-    };
-    let private = revealed[0].as_ref().map_or(&[][..], |r| &r.values);
-    let differences: Vec<f64> = private
-        .iter()
-        .zip(&expected)
-        .map(|(a, b)| (a - b).abs())
-        .collect();
-    let n = expected.len().max(1) as f64;
-    let total = cost.total();
-    let memory: &Memory = &cost.memory;
-    let ahead = Some(4);
-    let report = Report {
-        model: format!("{:?}", args.model),
-        layers: config.num_hidden_layers,
-        tokens: args.tokens,
-        batch: args.batch,
-        attention: format!("{:?}", args.attention).to_lowercase(),
-        network: args.network.to_string(),
-        material: match args.material {
-            Material::Prepared => "prepared",
-            Material::Streamed => "streamed",
-        },
-        threads: args.threads,
-        seconds,
-        dealer_seconds,
-        offline_seconds,
-        setup_seconds,
-        rounds: total.rounds,
-        online_bytes: total.online_bytes,
-        dealer_bytes: total.dealer_bytes,
-        setup_bytes: cost.setup_bytes,
-        max_error: differences.iter().copied().fold(0.0, f64::max),
-        mean_error: differences.iter().sum::<f64>() / n,
-        deviation: (expected.iter().map(|v| v * v).sum::<f64>() / n).sqrt(),
-        memory: [
-            memory.party(Party::P0, ahead),
-            memory.party(Party::P1, ahead),
-            memory.dealer(),
-        ],
-        peak_of_all: peak(),
-        operations: cost
-            .operations()
-            .map(|(name, c)| (name.to_owned(), c.clone()))
-            .collect(),
-    };
-    if args.json {
-        let text = serde_json::to_string_pretty(&report).map_err(|e| Error::Input(e.to_string()))?;
-        println!("{text}");
-    } else {
-        print(&report);
     }
-    Ok(())
 }
 
 /// The most memory that this process ever had, in bytes.

@@ -46,6 +46,8 @@ pub struct Timing {
     pub setup: f64,
     /// What was revealed to each party in the last pass.
     pub revealed: [Option<Revealed>; 2],
+    /// Gates that the preparation ran ahead; None: it came first.
+    pub ahead: Option<usize>,
 }
 
 /// Material in memory: dealt first, then read by a party.
@@ -242,6 +244,7 @@ pub fn time<P: Program + Sync>(
         offline: longest(&|r| r.offline.as_secs_f64()) / passes as f64,
         setup: longest(&|r| r.setup.as_secs_f64()),
         revealed: [results[0].2.clone(), results[1].2.clone()],
+        ahead,
     })
 }
 
@@ -279,7 +282,7 @@ pub struct Streamed {
 }
 
 /// Gates that the preparation of streamed material runs ahead.
-const STREAM_AHEAD: usize = 4;
+pub const STREAM_AHEAD: usize = 4;
 
 /// Runs one pass with all three roles at work, the dealer streaming to both parties: material never has to fit anywhere. As
 /// [`time`] otherwise. The clock also counts the dealer's work.

@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 use serde::Serialize;
 use veiltune_adapt::cache::{Source, States};
 use veiltune_adapt::search::{
-    self, Candidate, Comparison, Evaluate, Goal, Latencies, Outcome, Search, Space, Spent, Trial,
+    self, Candidate, Comparison, Evaluate, Goal, Latencies, Outcome, Search, Space, Spent, Status, Trial,
 };
 use veiltune_adapt::train::{Event, Pictures, Task, best, train, train_until};
 use veiltune_hub::{dataset::Split, files};
@@ -115,6 +115,19 @@ enum By {
     Both,
 }
 
+impl By {
+    fn ways(self) -> &'static [(search::Method, &'static str)] {
+        match self {
+            By::Halving => &[(search::Method::Halving, "halving")],
+            By::Reinforce => &[(search::Method::Reinforce, "reinforce")],
+            By::Both => &[
+                (search::Method::Halving, "halving"),
+                (search::Method::Reinforce, "reinforce"),
+            ],
+        }
+    }
+}
+
 /// One way of searching and what came of it.
 #[derive(Serialize)]
 struct Found {
@@ -163,69 +176,16 @@ impl From<Comparison> for Compared {
 
 /// Searches.
 pub fn run(args: &SearchArgs) -> Result<()> {
-    args.recipe.check()?;
+    let goal = args.check()?;
     let recipe = Recipe {
         epochs: args.recipe.epochs.or(Some(0)),
         ..args.recipe.clone()
-    };
-    check_out(&args.out)?;
-    if !(args.gmacs > 0.0 && args.gmacs.is_finite()) {
-        return Err(Error::Input("--gmacs must be a positive number".into()));
-    }
-    if args.recipe.validation == 0.0 {
-        let detail = "a search measures on validation pictures: --validation must be above 0 and below 1";
-        return Err(Error::Input(detail.into()));
-    }
-    let of_0_to_1 = |a: f64| a > 0.0 && a <= 1.0;
-    if !args.accuracy.is_none_or(of_0_to_1) {
-        return Err(Error::Input("--accuracy must be above 0 and at most 1".into()));
-    }
-    if args.seconds.is_some_and(|s| !(s > 0.0 && s.is_finite())) {
-        return Err(Error::Input("--seconds must be a positive number".into()));
-    }
-    let ways: &[(search::Method, &'static str)] = match args.by {
-        By::Halving => &[(search::Method::Halving, "halving")],
-        By::Reinforce => &[(search::Method::Reinforce, "reinforce")],
-        By::Both => &[
-            (search::Method::Halving, "halving"),
-            (search::Method::Reinforce, "reinforce"),
-        ],
-    };
-    let out_of = |name: &str| match ways.len() {
-        1 => args.out.clone(),
-        _ => args.out.join(name),
-    };
-    for (_, name) in ways {
-        let out = out_of(name);
-        check_adapter(&out.join(ADAPTER), &out.join(JOURNAL), "--out")?;
-    }
-    let goal = match (args.accuracy, args.seconds) {
-        (Some(accuracy), _) => Goal::Efficiency { accuracy },
-        (None, Some(seconds)) => Goal::Utility { seconds },
-        (None, None) => return Err(Error::Input("give --accuracy or --seconds".into())),
     };
     let interrupted = interruptible()?;
     let base = args.data.open_backbone(&args.form)?;
     let source = base.source();
     let views = recipe.views(source)?;
-    let (layers, width) = (source.layers().unwrap_or(0), source.width());
-    let space = Space {
-        heads: match (&args.heads, recipe.epochs) {
-            (Some(heads), _) => heads.clone(),
-            (None, Some(0)) => vec![1],
-            (None, _) => Space::default().heads,
-        },
-        ranks: args.ranks.clone(),
-        scopes: args.scopes.clone(),
-        norms: args.norms.iter().map(|n| n.choice()).collect(),
-    }
-    .within(layers, width);
-    let candidates = space.candidates().map_err(|e| {
-        Error::Input(format!(
-            "{e}; give ranks up to {width}, the backbone's width, to --ranks, scopes up to {layers}, its layers, to --scopes, and \
-             divisors of a rank to --heads"
-        ))
-    })?;
+    let (space, candidates) = args.space(source, recipe.epochs)?;
 
     // The test set is never opened: candidates are measured on a part of the training pictures.
     let labelled = args.data.open(source, &args.data.data, Split::Train, "--data")?;
@@ -236,7 +196,7 @@ pub fn run(args: &SearchArgs) -> Result<()> {
         .max_by_key(|c| c.scope)
         .expect("a space has candidates");
     let deepest = method(source, largest, &labels)?;
-    let reads = all_reads(&[&deepest], layers)?;
+    let reads = all_reads(&[&deepest], source.layers().unwrap_or(0))?;
     let seed = args.recipe.seed;
     // Every scope ends with the same state at the class token; a smaller one begins later.
     make(&args.out)?;
@@ -247,8 +207,8 @@ pub fn run(args: &SearchArgs) -> Result<()> {
     let settings = recipe.settings(&deepest);
 
     let mut found = Vec::new();
-    for &(way, name) in ways {
-        let out = out_of(name);
+    for &(way, name) in args.by.ways() {
+        let out = args.out_of(name);
         make(&out)?;
         let mut trainer = Trainer {
             args,
@@ -280,21 +240,7 @@ pub fn run(args: &SearchArgs) -> Result<()> {
         let bar = Bar::new("search");
         let mut search = Search::open(search, &out.join(JOURNAL))?;
         let outcome = search.run(&mut trainer, &interrupted, &mut |trial, status| {
-            let again = if status.replayed {
-                " (from the journal)"
-            } else {
-                ""
-            };
-            bar.say(&format!(
-                "{name} {}: {} epochs, {:.2} %, {:.4} s{again}; {} candidates, {:.1} trainings, {}",
-                trial.candidate,
-                trial.epochs,
-                100.0 * trial.accuracy,
-                trial.latency,
-                status.spent.candidates,
-                status.spent.trainings,
-                left(status.left)
-            ));
+            bar.say(&line(name, trial, status));
         })?;
         drop(bar);
         if outcome.ended == search::Ended::Interrupted {
@@ -317,6 +263,90 @@ pub fn run(args: &SearchArgs) -> Result<()> {
         Some(without) => Err(Error::NothingFound(without.by)),
         None => Ok(()),
     }
+}
+
+impl SearchArgs {
+    /// Refuses what makes no sense, and what would overwrite something else.
+    fn check(&self) -> Result<Goal> {
+        self.recipe.check()?;
+        check_out(&self.out)?;
+        let refuse = |why: &str| Err(Error::Input(why.into()));
+        if !(self.gmacs > 0.0 && self.gmacs.is_finite()) {
+            return refuse("--gmacs must be a positive number");
+        }
+        if self.recipe.validation == 0.0 {
+            return refuse(
+                "a search measures on validation pictures: --validation must be above 0 and below 1",
+            );
+        }
+        let of_0_to_1 = |a: f64| a > 0.0 && a <= 1.0;
+        if !self.accuracy.is_none_or(of_0_to_1) {
+            return refuse("--accuracy must be above 0 and at most 1");
+        }
+        if self.seconds.is_some_and(|s| !(s > 0.0 && s.is_finite())) {
+            return refuse("--seconds must be a positive number");
+        }
+        for (_, name) in self.by.ways() {
+            let out = self.out_of(name);
+            check_adapter(&out.join(ADAPTER), &out.join(JOURNAL), "--out")?;
+        }
+        match (self.accuracy, self.seconds) {
+            (Some(accuracy), _) => Ok(Goal::Efficiency { accuracy }),
+            (None, Some(seconds)) => Ok(Goal::Utility { seconds }),
+            (None, None) => refuse("give --accuracy or --seconds"),
+        }
+    }
+
+    /// Where a way of searching writes to.
+    fn out_of(&self, way: &str) -> PathBuf {
+        match self.by.ways().len() {
+            1 => self.out.clone(),
+            _ => self.out.join(way),
+        }
+    }
+
+    /// What the backbone allows of the space to search in, and all that is in it.
+    fn space(&self, source: Source, epochs: Option<usize>) -> Result<(Space, Vec<Candidate>)> {
+        let (layers, width) = (source.layers().unwrap_or(0), source.width());
+        let space = Space {
+            heads: match (&self.heads, epochs) {
+                (Some(heads), _) => heads.clone(),
+                // A start in closed form is the same with any number of heads.
+                (None, Some(0)) => vec![1],
+                (None, _) => Space::default().heads,
+            },
+            ranks: self.ranks.clone(),
+            scopes: self.scopes.clone(),
+            norms: self.norms.iter().map(|n| n.choice()).collect(),
+        }
+        .within(layers, width);
+        let candidates = space.candidates().map_err(|e| {
+            Error::Input(format!(
+                "{e}; give ranks up to {width}, the backbone's width, to --ranks, scopes up to {layers}, its layers, to --scopes, and \
+                 divisors of a rank to --heads"
+            ))
+        })?;
+        Ok((space, candidates))
+    }
+}
+
+/// One candidate, once it has been measured.
+fn line(by: &str, trial: &Trial, status: &Status) -> String {
+    let again = if status.replayed {
+        " (from the journal)"
+    } else {
+        ""
+    };
+    format!(
+        "{by} {}: {} epochs, {:.2} %, {:.4} s{again}; {} candidates, {:.1} trainings, {}",
+        trial.candidate,
+        trial.epochs,
+        100.0 * trial.accuracy,
+        trial.latency,
+        status.spent.candidates,
+        status.spent.trainings,
+        left(status.left)
+    )
 }
 
 fn method(source: Source, c: &Candidate, labels: &[String]) -> Result<Method> {

@@ -1,6 +1,5 @@
 //! `veiltune train`: from a backbone and labelled pictures or texts to an adapter that can be served.
 
-use std::cell::Cell;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -19,7 +18,7 @@ use veiltune_nn::load::Classifier;
 use veiltune_wire::Network;
 
 use super::{
-    Bar, DataArgs, FormArgs, Views, all_reads, check_adapter, check_classes, check_file, check_out,
+    Bar, DataArgs, FormArgs, Labelled, Views, all_reads, check_adapter, check_classes, check_file, check_out,
     cost_of_one, evaluate, interruptible, left, make, source, warn_of_empty_classes, write_adapter,
     write_json,
 };
@@ -225,20 +224,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     let base = base.source();
     let views = args.recipe.views(base)?;
     let labelled = args.data.open(base, &args.data.data, Split::Train, "--data")?;
-    let tested = args
-        .test
-        .as_ref()
-        .map(|path| args.data.open(base, path, Split::Test, "--test"));
-    let tested = tested.transpose()?;
-    if let Some(tested) = &tested {
-        labelled.check_same_classes(tested)?;
-        if labelled.examples().fingerprint() == tested.examples().fingerprint() {
-            return Err(Error::Input(format!(
-                "--test has the very {} of --data; give others, or put pictures below train/ and test/",
-                labelled.noun()
-            )));
-        }
-    }
+    let tested = args.open_test(base, &labelled)?;
     check_classes(&labelled)?;
     let labels = labelled.examples().classes().to_vec();
     let method = args.method.build(&Ground::of(base), labels)?;
@@ -273,41 +259,8 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         dir: Some(&args.out),
     };
     let bar = Bar::new("training");
-    let began = Cell::new(Instant::now());
-    let trained = train(
-        &task,
-        &mut |event| {
-            let p = match event {
-                Event::Trained(p) => p,
-                Event::Starting { what, done, of } => {
-                    if done == 0 {
-                        began.set(Instant::now());
-                    }
-                    let pace = began.get().elapsed().as_secs_f64() / done as f64;
-                    let note = format!("start: {what}  {}", left(pace * (of - done) as f64));
-                    return bar.at(done, of, &note);
-                }
-                Event::Measured {
-                    done,
-                    of,
-                    seconds_left,
-                } => {
-                    let note = format!("calibrating and measuring  {}", left(seconds_left));
-                    return bar.at(done, of, &note);
-                }
-            };
-            let (loss, left) = (p.loss, left(p.seconds_left));
-            bar.at(
-                p.step,
-                p.steps,
-                &format!("epoch {}/{}  loss {loss:.3}  {left}", p.epoch, p.epochs),
-            );
-            if let Some(epoch) = &p.ended {
-                bar.say(&line(p.epoch, epoch, p.best));
-            }
-        },
-        &interrupted,
-    )?;
+    let mut began = Instant::now();
+    let trained = train(&task, &mut |event| show(&bar, &mut began, &event), &interrupted)?;
     drop(bar);
     let report = trained.report.clone();
     if let Some((own, head)) = report.below_head(check.len()) {
@@ -321,18 +274,18 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         ));
     }
     let classifier = artefact(trained, source, args.data.backbone_name())?;
-    let mut test = None;
-    if let Some(tested) = &tested {
+    let test = |tested: &Labelled| {
         let float = Arithmetic::Float;
         let result = evaluate::measure(&args.data, &classifier, source, tested, float, &interrupted)?;
-        test = Some(Test {
+        Ok::<_, Error>(Test {
             pictures: tested.examples().len(),
             skipped: tested.skipped,
             accuracy: result.accuracy,
             f1: tested.f1(&result.predicted),
             loss: result.loss,
-        });
-    }
+        })
+    };
+    let test = tested.as_ref().map(test).transpose()?;
     let figures = Figures { report, test };
     write_json(&args.out.join(REPORT), &figures)?;
     // As `plan` has it unless it is told of a network; what no protocol computes is no adapter.
@@ -359,6 +312,52 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         dealer_bytes: cost.dealer_bytes,
     };
     print(args.json, &summary, || summary.text())
+}
+
+impl TrainArgs {
+    /// What is measured on at the end, which is not what is trained on.
+    fn open_test(&self, base: Source, labelled: &Labelled) -> Result<Option<Labelled>> {
+        let Some(path) = &self.test else { return Ok(None) };
+        let tested = self.data.open(base, path, Split::Test, "--test")?;
+        labelled.check_same_classes(&tested)?;
+        if labelled.examples().fingerprint() == tested.examples().fingerprint() {
+            return Err(Error::Input(format!(
+                "--test has the very {} of --data; give others, or put pictures below train/ and test/",
+                labelled.noun()
+            )));
+        }
+        Ok(Some(tested))
+    }
+}
+
+/// Shows how far it is. `began` is when what comes before the epochs did.
+fn show(bar: &Bar, began: &mut Instant, event: &Event) {
+    match event {
+        Event::Starting { what, done, of } => {
+            if *done == 0 {
+                *began = Instant::now();
+            }
+            let pace = began.elapsed().as_secs_f64() / *done as f64;
+            let note = format!("start: {what}  {}", left(pace * (of - done) as f64));
+            bar.at(*done, *of, &note);
+        }
+        Event::Trained(p) => {
+            let (loss, left) = (p.loss, left(p.seconds_left));
+            let note = format!("epoch {}/{}  loss {loss:.3}  {left}", p.epoch, p.epochs);
+            bar.at(p.step, p.steps, &note);
+            if let Some(epoch) = &p.ended {
+                bar.say(&line(p.epoch, epoch, p.best));
+            }
+        }
+        Event::Measured {
+            done,
+            of,
+            seconds_left,
+        } => {
+            let note = format!("calibrating and measuring  {}", left(*seconds_left));
+            bar.at(*done, *of, &note);
+        }
+    }
 }
 
 /// An artefact that names its backbone, if the method has one, and how that reads texts.

@@ -99,14 +99,73 @@ impl Drop for Running {
     }
 }
 
+/// The files that the people of the demonstration have.
+struct Files {
+    /// The model owner's.
+    model: PathBuf,
+    /// The data owner's task, labelled texts to tune on, and texts to classify afterwards, one a line.
+    task: PathBuf,
+    shots: PathBuf,
+    texts: PathBuf,
+}
+
+impl Files {
+    /// Writes them to `dir`, with a folder of keys for each role.
+    fn write(dir: &Path, test: &[Example]) -> Result<Files> {
+        let model = dir.join("model");
+        std::fs::create_dir(&model).map_err(Error::io("a folder for the model"))?;
+        for (name, bytes) in MODEL {
+            put(&model, name, bytes)?;
+        }
+        let authority = Authority::new()?;
+        for role in Role::ALL {
+            let keys = dir.join(role.name());
+            veiltune_hub::files::private_folder(&keys)?;
+            authority.issue(&role.identity())?.save(&keys)?;
+        }
+        let texts: String = test.iter().map(|e| format!("{}\n", e.text_a)).collect();
+        Ok(Files {
+            model,
+            task: put(dir, "task.json", TASK)?,
+            shots: put(dir, "shots.tsv", SHOTS)?,
+            texts: put(dir, "texts.txt", texts.as_bytes())?,
+        })
+    }
+}
+
+fn put(dir: &Path, name: &str, bytes: &[u8]) -> Result<PathBuf> {
+    let path = dir.join(name);
+    std::fs::write(&path, bytes).map_err(Error::io(path.display().to_string()))?;
+    Ok(path)
+}
+
+/// The assistant and the two servers at work, and what the others ask of them.
 struct Stage<'a> {
     dir: &'a Path,
-    network: Network,
+    args: &'a DemoTuneArgs,
     servers: Vec<Running>,
+    /// Of the assistant, server 0 and server 1.
     addresses: Vec<String>,
 }
 
-impl Stage<'_> {
+impl<'a> Stage<'a> {
+    fn open(dir: &'a Path, args: &'a DemoTuneArgs) -> Result<Stage<'a>> {
+        let mut stage = Stage {
+            dir,
+            args,
+            servers: Vec::new(),
+            addresses: Vec::new(),
+        };
+        stage.start("assistant", Role::Assistant, &[])?;
+        let assistant = stage.addresses[0].clone();
+        let first = ["--number", "0", "--assistant", &assistant];
+        stage.start("server", Role::Server0, &first)?;
+        let peer = stage.addresses[1].clone();
+        let second = ["--number", "1", "--assistant", &assistant, "--peer", &peer];
+        stage.start("server", Role::Server1, &second)?;
+        Ok(stage)
+    }
+
     fn command(&self, name: &str, role: Role) -> Result<Command> {
         let own = std::env::current_exe().map_err(Error::io("finding this program"))?;
         let mut command = Command::new(own);
@@ -115,7 +174,7 @@ impl Stage<'_> {
             .arg("--keys")
             .arg(self.dir.join(role.name()))
             .arg("--network")
-            .arg(self.network.to_string());
+            .arg(self.args.network.to_string());
         Ok(command)
     }
 
@@ -148,8 +207,14 @@ impl Stage<'_> {
         Ok(())
     }
 
-    /// Runs a command that calls all three to its end; its standard output.
-    fn call(&self, name: &str, role: Role, more: &[&std::ffi::OsStr], quiet: bool) -> Result<String> {
+    /// Runs a command that calls all three to its end; its standard output. A quiet one says only why it failed.
+    fn call(
+        &self,
+        name: &str,
+        role: Role,
+        quiet: bool,
+        more: impl FnOnce(&mut Command) -> &mut Command,
+    ) -> Result<String> {
         let [assistant, first, second] = &self.addresses[..] else {
             return Err(Error::Input("a server is missing".into()));
         };
@@ -159,23 +224,71 @@ impl Stage<'_> {
             .arg(format!("{first},{second}"))
             .arg("--assistant")
             .arg(assistant)
-            .args(more);
+            .args(["--tokens", &TOKENS.to_string()]);
+        more(&mut command).stdout(Stdio::piped());
         if quiet {
-            command.stderr(Stdio::null());
+            command.stderr(Stdio::piped());
         }
         let output = command
-            .stdout(Stdio::piped())
             .spawn()
             .and_then(Child::wait_with_output)
             .map_err(Error::io(format!("running `veiltune {name}`")))?;
         match output.status.success() {
             true => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
             false => Err(Error::Input(format!(
-                "`veiltune {name}` failed ({})",
-                output.status
+                "`veiltune {name}` failed ({}) {}",
+                output.status,
+                String::from_utf8_lossy(&output.stderr).trim()
             ))),
         }
     }
+
+    /// The model owner's command; the model's fingerprint.
+    fn share(&self, files: &Files) -> Result<String> {
+        let shared = self.call("share", Role::ModelOwner, true, |c| {
+            c.arg("--model").arg(&files.model)
+        })?;
+        Ok(shared.trim().rsplit(' ').next().unwrap_or_default().to_owned())
+    }
+
+    /// The data owner's, who gets a prompt in `prompt`.
+    fn tune(&self, files: &Files, prompt: &Path) -> Result<Tuned> {
+        let number = |option, value: usize| [String::from(option), value.to_string()];
+        let numbers = [
+            number("--prompt-tokens", PROMPT),
+            number("--dimension", DIMENSION),
+            number("--budget", self.args.budget),
+            number("--together", self.args.together),
+        ];
+        let tuned = self.call("tune", Role::DataOwner, self.args.json, |c| {
+            c.arg("--task")
+                .arg(&files.task)
+                .arg("--data")
+                .arg(&files.shots)
+                .arg("--output")
+                .arg(prompt)
+                .args(numbers.as_flattened())
+                .args(["--seed", &self.args.seed.to_string(), "--json"])
+        })?;
+        understood(&tuned)
+    }
+
+    /// The data owner's again: a label for each text.
+    fn classify(&self, files: &Files, prompt: &Path) -> Result<Vec<String>> {
+        let answer = self.call("classify", Role::DataOwner, self.args.json, |c| {
+            c.arg("--text")
+                .arg(&files.texts)
+                .arg("--prompt")
+                .arg(prompt)
+                .arg("--json")
+        })?;
+        let answer: Classified = understood(&answer)?;
+        Ok(answer.results.into_iter().map(|r| r.label).collect())
+    }
+}
+
+fn understood<'a, T: Deserialize<'a>>(answer: &'a str) -> Result<T> {
+    serde_json::from_str(answer).map_err(|e| Error::Mismatch(format!("an answer is not understood ({e})")))
 }
 
 #[derive(Deserialize)]
@@ -194,149 +307,39 @@ struct Label {
     label: String,
 }
 
-fn put(dir: &Path, name: &str, bytes: &[u8]) -> Result<PathBuf> {
-    let path = dir.join(name);
-    std::fs::write(&path, bytes).map_err(Error::io(path.display().to_string()))?;
-    Ok(path)
-}
-
 /// Runs it.
 pub fn run(args: &DemoTuneArgs) -> Result<()> {
     let dir = TempDir::new().map_err(Error::io("a folder for the demonstration"))?;
     let at = dir.path();
-    let model = at.join("model");
-    std::fs::create_dir(&model).map_err(Error::io("a folder for the model"))?;
-    for (name, bytes) in MODEL {
-        put(&model, name, bytes)?;
-    }
-    let task_file = put(at, "task.json", TASK)?;
-    let shots_file = put(at, "shots.tsv", SHOTS)?;
     let task = Task::parse("the demonstration", TASK).map_err(tune)?;
     let test = task.examples(&put(at, "test.tsv", TEST)?).map_err(tune)?;
-    let texts: String = test.iter().map(|e| format!("{}\n", e.text_a)).collect();
-    let texts = put(at, "texts.txt", texts.as_bytes())?;
-    let authority = Authority::new()?;
-    for role in Role::ALL {
-        let keys = at.join(role.name());
-        veiltune_hub::files::private_folder(&keys)?;
-        authority.issue(&role.identity())?.save(&keys)?;
-    }
-
-    let mut stage = Stage {
-        dir: at,
-        network: args.network,
-        servers: Vec::new(),
-        addresses: Vec::new(),
-    };
+    let files = Files::write(at, &test)?;
     let say = |text: &str| eprintln!("{text}");
     say("starting the assistant and two servers");
-    stage.start("assistant", Role::Assistant, &[])?;
-    let assistant = stage.addresses[0].clone();
-    stage.start(
-        "server",
-        Role::Server0,
-        &["--number", "0", "--assistant", &assistant],
-    )?;
-    let first = stage.addresses[1].clone();
-    let more = ["--number", "1", "--assistant", &assistant, "--peer", &first];
-    stage.start("server", Role::Server1, &more)?;
+    let stage = Stage::open(at, args)?;
 
     say("the model's owner shares its model between the servers");
     let start = Instant::now();
-    let tokens = TOKENS.to_string();
-    let shared = stage.call(
-        "share",
-        Role::ModelOwner,
-        &[
-            "--model".as_ref(),
-            model.as_ref(),
-            "--tokens".as_ref(),
-            tokens.as_ref(),
-        ],
-        true,
-    )?;
+    let fingerprint = stage.share(&files)?;
     let share_seconds = start.elapsed().as_secs_f64();
-    let fingerprint = shared.trim().rsplit(' ').next().unwrap_or_default().to_owned();
-
-    // The prompt before tuning: nothing is added to the initial tokens.
-    let checkpoint = LanguageCheckpoint::open(&model)?;
-    let untuned = Artefact {
-        base_model: "model".into(),
-        base_model_sha256: Some(fingerprint),
-        prompt: Prompt(vec![0.0; PROMPT * checkpoint.config.hidden_size]),
-        tokens: PROMPT,
-        mode: Mode::Add {
-            tokens: initial(&checkpoint.tokenizer, &task, None, PROMPT)?,
-        },
-        task: task.clone(),
-        family: Family::Masked,
-        attention: serde_json::json!(Attention::Softmax),
-    };
-    let (before, after) = (at.join("untuned"), at.join("tuned"));
-    untuned.write(&before).map_err(tune)?;
 
     say("the data owner tunes a prompt on the servers");
+    let (before, after) = (at.join("untuned"), at.join("tuned"));
+    let checkpoint = LanguageCheckpoint::open(&files.model)?;
+    untuned(&checkpoint, &task, fingerprint)?
+        .write(&before)
+        .map_err(tune)?;
     let start = Instant::now();
-    let (prompt, dimension) = (PROMPT.to_string(), DIMENSION.to_string());
-    let (budget, seed, together) = (
-        args.budget.to_string(),
-        args.seed.to_string(),
-        args.together.to_string(),
-    );
-    let tuned = stage.call(
-        "tune",
-        Role::DataOwner,
-        &[
-            "--task".as_ref(),
-            task_file.as_ref(),
-            "--data".as_ref(),
-            shots_file.as_ref(),
-            "--output".as_ref(),
-            after.as_ref(),
-            "--tokens".as_ref(),
-            tokens.as_ref(),
-            "--prompt-tokens".as_ref(),
-            prompt.as_ref(),
-            "--dimension".as_ref(),
-            dimension.as_ref(),
-            "--budget".as_ref(),
-            budget.as_ref(),
-            "--together".as_ref(),
-            together.as_ref(),
-            "--seed".as_ref(),
-            seed.as_ref(),
-            "--json".as_ref(),
-        ],
-        args.json,
-    )?;
+    let tuned = stage.tune(&files, &after)?;
     let tune_seconds = start.elapsed().as_secs_f64();
-    let parse = |e: serde_json::Error| Error::Mismatch(format!("an answer is not understood ({e})"));
-    let tuned: Tuned = serde_json::from_str(&tuned).map_err(parse)?;
 
     say(
         "the data owner classifies texts that it has not tuned on, with the initial and with the tuned prompt",
     );
     let start = Instant::now();
-    let mut answers = Vec::new();
-    for prompt in [&before, &after] {
-        let answer = stage.call(
-            "classify",
-            Role::DataOwner,
-            &[
-                "--text".as_ref(),
-                texts.as_ref(),
-                "--prompt".as_ref(),
-                prompt.as_ref(),
-                "--tokens".as_ref(),
-                tokens.as_ref(),
-                "--json".as_ref(),
-            ],
-            args.json,
-        )?;
-        let answer: Classified = serde_json::from_str(&answer).map_err(parse)?;
-        answers.push(answer.results.into_iter().map(|r| r.label).collect::<Vec<_>>());
-    }
+    let answers = [stage.classify(&files, &before)?, stage.classify(&files, &after)?];
     let classify_seconds = start.elapsed().as_secs_f64();
+
     let plain = plainly(&checkpoint, &task, &test, &[&before, &after])?;
     let right = |labels: &[String]| {
         let right = labels
@@ -361,6 +364,22 @@ pub fn run(args: &DemoTuneArgs) -> Result<()> {
         bytes: tuned.bytes,
     };
     print(args.json, &report, || report.text())
+}
+
+/// The prompt before tuning: nothing is added to the initial tokens.
+fn untuned(checkpoint: &LanguageCheckpoint, task: &Task, fingerprint: String) -> Result<Artefact> {
+    Ok(Artefact {
+        base_model: "model".into(),
+        base_model_sha256: Some(fingerprint),
+        prompt: Prompt(vec![0.0; PROMPT * checkpoint.config.hidden_size]),
+        tokens: PROMPT,
+        mode: Mode::Add {
+            tokens: initial(&checkpoint.tokenizer, task, None, PROMPT)?,
+        },
+        task: task.clone(),
+        family: Family::Masked,
+        attention: serde_json::json!(Attention::Softmax),
+    })
 }
 
 /// The labels that plain float gives with each prompt.

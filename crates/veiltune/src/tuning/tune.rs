@@ -1,6 +1,5 @@
 //! `veiltune tune`: the data owner's side of prompt tuning, on the servers or, for who has the model, in the clear.
 
-use std::collections::BTreeMap;
 use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -869,52 +868,14 @@ fn optimise(
     (interpreter, checkpoint, bytes): (&'static str, &Path, &dyn Fn() -> Option<[u64; 2]>),
     evaluate: &mut dyn Evaluate,
 ) -> Result<(Answer, Outcome)> {
-    let settings = Settings {
-        sigma: args.sigma,
-        patience: args.patience,
-        loss: match args.hinge {
-            true => Loss::Hinge { margin: 2.0 },
-            false => Loss::CrossEntropy,
-        },
-        metric: ground.task.metric,
-        ..args.run.settings()
-    };
-    let classes = ground.task.labels.len();
-    let hidden = ground.config.hidden_size;
-    let projection = Projection::new(
-        args.run.prompt_tokens,
-        hidden,
-        args.dimension,
-        deviation,
-        args.run.seed,
-    )
-    .and_then(|p| p.starting_at(args.run.start(hidden, deviation)))
-    .map_err(tune)?;
-    let attention = json!(ground.config.attention);
-    let identity = identity(args, ground, rows, train, (fingerprint, deviation))?;
-    let mut tuner = Tuner::open(
-        settings,
-        projection,
-        rows.split(train, classes),
-        &identity,
-        checkpoint,
-    )
-    .map_err(tune)?;
+    let mut tuner = tuner(args, ground, rows, train, (fingerprint, deviation), checkpoint)?;
     if tuner.evaluations() > 0 {
         eprintln!("going on after {} evaluations", tuner.evaluations());
     }
     if rows.cut > 0 {
         eprintln!("{}", ground.cut(rows));
     }
-    let stop = Arc::new(AtomicBool::new(false));
-    let flag = stop.clone();
-    let handler = ctrlc::set_handler(move || {
-        if flag.swap(true, Relaxed) {
-            std::process::exit(130);
-        }
-        eprintln!("stopping after this generation; press Ctrl-C again to stop at once");
-    });
-    handler.map_err(|e| Error::io("catching interruptions")(std::io::Error::other(e)))?;
+    let stop = stop_after_this_generation()?;
     let metric = ground.task.metric.name();
     let mut last = std::time::Instant::now() - Duration::from_secs(60);
     let outcome = tuner.run(evaluate, &stop, &mut |p| {
@@ -936,21 +897,7 @@ fn optimise(
         );
     });
     let outcome = outcome.map_err(tune)?;
-    let artefact = Artefact {
-        base_model: name.to_owned(),
-        base_model_sha256: Some(fingerprint.to_owned()),
-        prompt: outcome.prompt.clone(),
-        tokens: args.run.prompt_tokens,
-        mode: match &ground.slot {
-            Slot::Add(tokens) => veiltune_tune::Mode::Add {
-                tokens: tokens.clone(),
-            },
-            Slot::Concatenate(_) => veiltune_tune::Mode::Concatenate,
-        },
-        task: ground.task.clone(),
-        family: model::template(ground.config),
-        attention: attention.clone(),
-    };
+    let artefact = artefact(args, ground, &outcome, (name, fingerprint));
     artefact.write(&args.output).map_err(tune)?;
     let history = tuner.history();
     let curve = veiltune_tune::plot::svg(history, metric).map_err(tune)?;
@@ -958,7 +905,7 @@ fn optimise(
     let answer = Answer {
         task: ground.task.name.clone(),
         model: name.to_owned(),
-        attention,
+        attention: artefact.attention,
         interpreter,
         seed: args.run.seed,
         shots: args.run.shots,
@@ -982,6 +929,72 @@ fn optimise(
         );
     }
     Ok((answer, outcome))
+}
+
+/// As it begins, or as the checkpoint has it.
+fn tuner(
+    args: &TuneArgs,
+    ground: &Ground,
+    rows: &Rows,
+    train: usize,
+    model: (&str, f64),
+    checkpoint: &Path,
+) -> Result<Tuner> {
+    let settings = Settings {
+        sigma: args.sigma,
+        patience: args.patience,
+        loss: match args.hinge {
+            true => Loss::Hinge { margin: 2.0 },
+            false => Loss::CrossEntropy,
+        },
+        metric: ground.task.metric,
+        ..args.run.settings()
+    };
+    let (hidden, (_, deviation), run) = (ground.config.hidden_size, model, &args.run);
+    let projection = Projection::new(run.prompt_tokens, hidden, args.dimension, deviation, run.seed)
+        .and_then(|p| p.starting_at(run.start(hidden, deviation)))
+        .map_err(tune)?;
+    let labels = rows.split(train, ground.task.labels.len());
+    let identity = identity(args, ground, rows, train, model)?;
+    Tuner::open(settings, projection, labels, &identity, checkpoint).map_err(tune)
+}
+
+/// Set by Ctrl-C; a second one ends the process.
+fn stop_after_this_generation() -> Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let flag = stop.clone();
+    let handler = ctrlc::set_handler(move || {
+        if flag.swap(true, Relaxed) {
+            std::process::exit(130);
+        }
+        eprintln!("stopping after this generation; press Ctrl-C again to stop at once");
+    });
+    handler.map_err(|e| Error::io("catching interruptions")(std::io::Error::other(e)))?;
+    Ok(stop)
+}
+
+/// The prompt, and what has to be known to use it.
+fn artefact(
+    args: &TuneArgs,
+    ground: &Ground,
+    outcome: &Outcome,
+    (model, fingerprint): (&str, &str),
+) -> Artefact {
+    Artefact {
+        base_model: model.to_owned(),
+        base_model_sha256: Some(fingerprint.to_owned()),
+        prompt: outcome.prompt.clone(),
+        tokens: args.run.prompt_tokens,
+        mode: match &ground.slot {
+            Slot::Add(tokens) => veiltune_tune::Mode::Add {
+                tokens: tokens.clone(),
+            },
+            Slot::Concatenate(_) => veiltune_tune::Mode::Concatenate,
+        },
+        task: ground.task.clone(),
+        family: model::template(ground.config),
+        attention: json!(ground.config.attention),
+    }
 }
 
 /// What a checkpoint belongs to, beside its settings: model, texts, labels and words as the model reads them, and the projection.
@@ -1026,45 +1039,30 @@ fn say(args: &TuneArgs, answer: &Answer, outcome: &Outcome) -> Result<()> {
     }
 }
 
-fn summary(answer: &Answer) -> String {
-    let mut lines = BTreeMap::from([
-        (
-            0,
-            format!(
-                "{} evaluations in {:.1} s ({})",
-                answer.evaluations, answer.seconds, answer.ended
-            ),
-        ),
-        (
-            1,
-            format!(
-                "{} in validation: {:.3} with the initial prompt, {:.3} with the tuned one",
-                answer.metric, answer.initial_validation, answer.best_validation
-            ),
-        ),
-    ]);
-    if let (Some(before), Some(after)) = (answer.initial_test, answer.tuned_test) {
-        let linear = answer.linear_test.map_or(String::new(), |v| {
+fn summary(a: &Answer) -> String {
+    let mut text = format!(
+        "{} evaluations in {:.1} s ({})\n",
+        a.evaluations, a.seconds, a.ended
+    );
+    text += &format!(
+        "{} in validation: {:.3} with the initial prompt, {:.3} with the tuned one\n",
+        a.metric, a.initial_validation, a.best_validation
+    );
+    if let (Some(before), Some(after)) = (a.initial_test, a.tuned_test) {
+        let linear = a.linear_test.map_or(String::new(), |v| {
             format!(", {v:.3} by a linear classifier on pooled features")
         });
-        lines.insert(
-            2,
-            format!(
-                "{} on {} test texts: {before:.3} with the initial prompt, {after:.3} with the tuned one{linear}",
-                answer.metric, answer.test_texts
-            ),
+        text += &format!(
+            "{} on {} test texts: {before:.3} with the initial prompt, {after:.3} with the tuned one{linear}\n",
+            a.metric, a.test_texts
         );
     }
-    if let Some([sent, received]) = answer.bytes {
-        lines.insert(
-            3,
-            format!(
-                "sent {:.2} MB, received {:.2} MB",
-                sent as f64 / 1e6,
-                received as f64 / 1e6
-            ),
+    if let Some([sent, received]) = a.bytes {
+        text += &format!(
+            "sent {:.2} MB, received {:.2} MB\n",
+            sent as f64 / 1e6,
+            received as f64 / 1e6
         );
     }
-    lines.insert(4, format!("the prompt is in {}", answer.output));
-    lines.values().map(|line| format!("{line}\n")).collect()
+    text + &format!("the prompt is in {}\n", a.output)
 }
