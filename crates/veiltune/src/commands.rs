@@ -3,7 +3,6 @@
 //! `dealer` and `serve` are services; `classify` is one session of as many images as it is given. What all must have in common
 //! (adapter, backbone, network) is compared before anything else is said.
 
-use std::io::Write;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
@@ -23,7 +22,7 @@ use crate::inputs::{self, Items};
 use crate::prepare::Preparation;
 use crate::program::{Batches, CLIENT, Compare};
 use crate::progress::{Progress, tell as tell_user};
-use crate::report::{Counts, Seconds, aligned, cost_heading, cost_table, grouped, print};
+use crate::report::{Counts, Seconds, aligned, cost_heading, cost_table, grouped, print, say};
 use crate::roles::{self, ClientConfig, Config, DealerConfig, Material, ProviderConfig, Role, Tell};
 use crate::service::Limits;
 use crate::session::{Open, Request};
@@ -527,10 +526,4 @@ fn announce(event: &Event) {
     if let Event::Listening { address } = event {
         say(&format!("listening at {address}\n"));
     }
-}
-
-/// To standard output; that nobody reads it is no reason to end a session.
-fn say(text: &str) {
-    let mut out = std::io::stdout().lock();
-    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
 }

@@ -19,6 +19,7 @@ use crate::events::Stage;
 use crate::inputs;
 use crate::program::{Batches, CLIENT, Classification, Compare, PROVIDER};
 use crate::progress::Progress;
+use crate::report::say;
 use crate::roles::Role;
 use crate::{Error, Result};
 
@@ -165,7 +166,7 @@ pub fn run(args: &DealArgs) -> Result<()> {
     )
     .map_err(|e| Error::Input(e.to_string()))?;
     for path in paths {
-        println!("{}", path.display());
+        say(&format!("{}\n", path.display()));
     }
     Ok(())
 }

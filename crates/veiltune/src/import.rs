@@ -14,6 +14,7 @@ use crate::inputs::{self, Items};
 use crate::prepare::{Preparation, Preparer};
 use crate::program::{Batches, Classification};
 use crate::progress::Progress;
+use crate::report::say;
 use crate::{Error, Result};
 
 /// What `veiltune import` takes.
@@ -73,12 +74,12 @@ pub fn run(args: &ImportArgs) -> Result<()> {
             "{e}; give a folder with room that can be written to --out"
         ))
     })?;
-    println!(
-        "{}: {} classes, ranges of {} pictures",
+    say(&format!(
+        "{}: {} classes, ranges of {} pictures\n",
         args.out.display(),
         classifier.config.method.labels().len(),
         pictures.len()
-    );
+    ));
     Ok(())
 }
 

@@ -295,6 +295,12 @@ pub fn print(json: bool, value: &impl Serialize, text: impl FnOnce() -> String) 
     }
 }
 
+/// To standard output; that nobody reads it is no reason to end.
+pub fn say(text: &str) {
+    let mut out = std::io::stdout().lock();
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+}
+
 /// As the option `--comparison` calls it.
 pub fn comparison_name(comparison: Comparison) -> &'static str {
     match comparison {

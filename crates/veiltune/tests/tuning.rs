@@ -1,6 +1,6 @@
 //! Prompt tuning as a user runs it.
 
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 fn veiltune(args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_veiltune"))
@@ -225,4 +225,39 @@ fn bad_input_is_named() {
         &["classify", "--keys", out, "--provider", "127.0.0.1:1", &shots],
         &["--dealer"],
     );
+}
+
+#[test]
+fn tuning_goes_on_when_nobody_reads_what_it_says() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let out = dir.path().join("prompt");
+    let mut child = Command::new(env!("CARGO_BIN_EXE_veiltune"))
+        .args(["tune", "--model", &assets(""), "--task", &assets("task.json")])
+        .args([
+            "--data",
+            &assets("shots.tsv"),
+            "--tokens",
+            "24",
+            "--prompt-tokens",
+            "4",
+        ])
+        .args([
+            "--dimension",
+            "10",
+            "--shots",
+            "1",
+            "--population",
+            "4",
+            "--budget",
+            "8",
+        ])
+        .arg("--output")
+        .arg(&out)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the program starts");
+    drop((child.stdout.take(), child.stderr.take()));
+    assert!(child.wait().expect("it ends").success());
+    assert!(out.join("adapter_model.safetensors").exists());
 }

@@ -19,6 +19,7 @@ use veiltune_ring::prg::{Prg, Seed};
 use veiltune_wire::Network;
 
 use super::harness::{STREAM_AHEAD, stream, time};
+use crate::report::print;
 use crate::{Error, Result};
 
 /// Which model, and over which network.
@@ -324,13 +325,7 @@ pub fn run(args: &EncoderArgs) -> Result<()> {
         }
     };
     let report = Report::new(args, config.num_hidden_layers, &cost, &expected, &measured);
-    if args.json {
-        let text = serde_json::to_string_pretty(&report).map_err(|e| Error::Input(e.to_string()))?;
-        println!("{text}");
-    } else {
-        print(&report);
-    }
-    Ok(())
+    print(args.json, &report, || report.table())
 }
 
 /// Both servers' shares of the parameters, random ones, and of the inputs of so many passes.
@@ -414,6 +409,68 @@ impl Report {
                 .collect(),
         }
     }
+
+    fn table(&self) -> String {
+        let mut text = String::new();
+        let mb = |b: [u64; 2]| format!("{:.1} / {:.1} MB", b[0] as f64 / 1e6, b[1] as f64 / 1e6);
+        let gib = |b: u64| b as f64 / 2f64.powi(30);
+        text += &format!(
+            "{}, {} layers, {} x {} tokens, {} attention, network {}, material {}, threads of a role {}\n",
+            self.model,
+            self.layers,
+            self.batch,
+            self.tokens,
+            self.attention,
+            self.network,
+            self.material,
+            self.threads
+        );
+        text += &format!(
+            "online   {:.3} s, {} rounds, {} each way\n",
+            self.seconds,
+            self.rounds,
+            mb(self.online_bytes)
+        );
+        text += &match (self.dealer_seconds, self.offline_seconds) {
+            (Some(dealer), Some(offline)) => format!(
+                "offline  dealer {dealer:.3} s, server {offline:.3} s, {} to each server\n",
+                mb(self.dealer_bytes)
+            ),
+            _ => format!(
+                "dealer   {} to each server, in the same time\n",
+                mb(self.dealer_bytes)
+            ),
+        };
+        text += &format!(
+            "set-up   {:.3} s, {} each way, once a session\n",
+            self.setup_seconds,
+            mb(self.setup_bytes)
+        );
+        text += &format!(
+            "error    largest {:.2e}, mean {:.2e}, of values of deviation {:.2}\n",
+            self.max_error, self.mean_error, self.deviation
+        );
+        text += &format!(
+            "memory   predicted {:.2} and {:.2} GiB at the servers, {:.2} GiB at the dealer; all in this process at most {:.2} GiB\n",
+            gib(self.memory[0]),
+            gib(self.memory[1]),
+            gib(self.memory[2]),
+            gib(self.peak_of_all)
+        );
+        text += &format!(
+            "{:<16}{:>8}{:>28}{:>28}\n",
+            "operation", "rounds", "online", "dealer"
+        );
+        for (name, c) in &self.operations {
+            text += &format!(
+                "{name:<16}{:>8}{:>28}{:>28}\n",
+                c.rounds,
+                mb(c.online_bytes),
+                mb(c.dealer_bytes)
+            );
+        }
+        text
+    }
 }
 
 /// The most memory that this process ever had, in bytes.
@@ -422,54 +479,4 @@ fn peak() -> u64 {
     let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"));
     let kib = line.and_then(|l| l.trim().split(' ').next()?.parse::<u64>().ok());
     1024 * kib.unwrap_or(0)
-}
-
-fn print(r: &Report) {
-    let mb = |b: [u64; 2]| format!("{:.1} / {:.1} MB", b[0] as f64 / 1e6, b[1] as f64 / 1e6);
-    let gib = |b: u64| b as f64 / 2f64.powi(30);
-    println!(
-        "{}, {} layers, {} x {} tokens, {} attention, network {}, material {}, threads of a role {}",
-        r.model, r.layers, r.batch, r.tokens, r.attention, r.network, r.material, r.threads
-    );
-    println!(
-        "online   {:.3} s, {} rounds, {} each way",
-        r.seconds,
-        r.rounds,
-        mb(r.online_bytes)
-    );
-    match (r.dealer_seconds, r.offline_seconds) {
-        (Some(dealer), Some(offline)) => println!(
-            "offline  dealer {dealer:.3} s, server {offline:.3} s, {} to each server",
-            mb(r.dealer_bytes)
-        ),
-        _ => println!("dealer   {} to each server, in the same time", mb(r.dealer_bytes)),
-    }
-    println!(
-        "set-up   {:.3} s, {} each way, once a session",
-        r.setup_seconds,
-        mb(r.setup_bytes)
-    );
-    println!(
-        "error    largest {:.2e}, mean {:.2e}, of values of deviation {:.2}",
-        r.max_error, r.mean_error, r.deviation
-    );
-    println!(
-        "memory   predicted {:.2} and {:.2} GiB at the servers, {:.2} GiB at the dealer; all in this process at most {:.2} GiB",
-        gib(r.memory[0]),
-        gib(r.memory[1]),
-        gib(r.memory[2]),
-        gib(r.peak_of_all)
-    );
-    println!(
-        "{:<16}{:>8}{:>28}{:>28}",
-        "operation", "rounds", "online", "dealer"
-    );
-    for (name, c) in &r.operations {
-        println!(
-            "{name:<16}{:>8}{:>28}{:>28}",
-            c.rounds,
-            mb(c.online_bytes),
-            mb(c.dealer_bytes)
-        );
-    }
 }

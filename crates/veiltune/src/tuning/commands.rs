@@ -1,6 +1,5 @@
 //! The other roles' commands: `share`, `server`, `assistant`.
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,6 +11,8 @@ use super::model;
 use super::servers::{Role, Service, Station, serve, share};
 use super::store::PublicModel;
 use super::tune::{AttentionArgs, CalibrationArgs, Servers};
+use crate::progress::tell;
+use crate::report::say;
 use crate::{Error, Result};
 
 /// What `veiltune share` takes.
@@ -122,8 +123,7 @@ fn start(role: Role, args: &ServerArgs, assistant: Option<String>, peer: Option<
         stop: Arc::default(),
     };
     serve(&station, &service, &|address| {
-        let mut out = std::io::stdout().lock();
-        let _ = writeln!(out, "listening at {address}").and_then(|()| out.flush());
+        say(&format!("listening at {address}\n"));
     })
 }
 
@@ -131,7 +131,7 @@ fn start(role: Role, args: &ServerArgs, assistant: Option<String>, peer: Option<
 pub fn owner(args: &ShareArgs) -> Result<()> {
     let (addresses, station) = (args.servers.addresses()?, args.servers.station(Role::ModelOwner)?);
     let checkpoint = model::open(&args.model)?;
-    eprintln!("calibrating");
+    tell("calibrating");
     let ready = args
         .calibration
         .ready(&checkpoint, args.attention.attention(), args.tokens)?;
@@ -151,7 +151,7 @@ pub fn owner(args: &ShareArgs) -> Result<()> {
     let mut progress = |part: f64| {
         if told.elapsed() > Duration::from_secs(2) {
             told = std::time::Instant::now();
-            eprintln!("shared {:.0} %", 100.0 * part);
+            tell(&format!("shared {:.0} %", 100.0 * part));
         }
     };
     share(
@@ -162,7 +162,7 @@ pub fn owner(args: &ShareArgs) -> Result<()> {
         &all,
         &mut progress,
     )?;
-    println!("shared {} as {}", public.name, public.fingerprint);
+    say(&format!("shared {} as {}\n", public.name, public.fingerprint));
     Ok(())
 }
 

@@ -21,6 +21,7 @@ use veiltune_wire::pki::Authority;
 use super::layout::tune;
 use super::servers::Role;
 use super::tune::initial;
+use crate::progress::tell;
 use crate::report::{aligned, print};
 use crate::{Error, Result};
 
@@ -314,16 +315,15 @@ pub fn run(args: &DemoTuneArgs) -> Result<()> {
     let task = Task::parse("the demonstration", TASK).map_err(tune)?;
     let test = task.examples(&put(at, "test.tsv", TEST)?).map_err(tune)?;
     let files = Files::write(at, &test)?;
-    let say = |text: &str| eprintln!("{text}");
-    say("starting the assistant and two servers");
+    tell("starting the assistant and two servers");
     let stage = Stage::open(at, args)?;
 
-    say("the model's owner shares its model between the servers");
+    tell("the model's owner shares its model between the servers");
     let start = Instant::now();
     let fingerprint = stage.share(&files)?;
     let share_seconds = start.elapsed().as_secs_f64();
 
-    say("the data owner tunes a prompt on the servers");
+    tell("the data owner tunes a prompt on the servers");
     let (before, after) = (at.join("untuned"), at.join("tuned"));
     let checkpoint = LanguageCheckpoint::open(&files.model)?;
     untuned(&checkpoint, &task, fingerprint)?
@@ -333,7 +333,7 @@ pub fn run(args: &DemoTuneArgs) -> Result<()> {
     let tuned = stage.tune(&files, &after)?;
     let tune_seconds = start.elapsed().as_secs_f64();
 
-    say(
+    tell(
         "the data owner classifies texts that it has not tuned on, with the initial and with the tuned prompt",
     );
     let start = Instant::now();

@@ -11,6 +11,7 @@ use veiltune_tune::{Cause, Evaluate, Prompt, Split};
 use super::model::Ready;
 use super::owner::Remote;
 use super::program::{Known, Loaded, Pass, Shape, Texts, Tuning, load_model};
+use crate::progress::tell;
 use crate::{Error, Result};
 
 /// Texts, and the prompts whose turn it is.
@@ -219,7 +220,9 @@ fn logits(passes: &mut impl Passes, split: Split, prompts: &[Prompt]) -> Result<
             Err(Error::Engine(e @ EngineError::Range { .. })) => match some {
                 [_] => {
                     TOLD.call_once(|| {
-                        eprintln!("a prompt that leaves the calibrated ranges counts as the worst; --margin widens them: {e}");
+                        tell(&format!(
+                            "a prompt that leaves the calibrated ranges counts as the worst; --margin widens them: {e}"
+                        ));
                     });
                     all.resize(all.len() + wanted, f32::NAN);
                 }

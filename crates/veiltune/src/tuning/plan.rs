@@ -10,7 +10,7 @@ use veiltune_wire::Network;
 use super::layout::tune;
 use super::lookup;
 use super::program::{Pass, Shape, Tuning, table_rows, table_width};
-use crate::report::aligned;
+use crate::report::{self, aligned};
 use crate::{Error, Result};
 
 /// Gates that the servers' preparation runs ahead.
@@ -204,13 +204,12 @@ pub fn print(
     json: bool,
 ) -> Result<()> {
     let cost = cost(model, shape, comparison, settings, network)?;
-    if json {
-        let text = serde_json::to_string_pretty(&cost).map_err(|e| Error::Input(e.to_string()))?;
-        println!("{text}");
-        return Ok(());
-    }
-    println!(
-        "{} + {} texts of {} tokens ({} of them prompt), {} candidates a generation, {} together",
+    report::print(json, &cost, || table(&cost, shape))
+}
+
+fn table(cost: &RunCost, shape: &Shape) -> String {
+    let mut text = format!(
+        "{} + {} texts of {} tokens ({} of them prompt), {} candidates a generation, {} together\n",
         shape.texts, shape.validation, shape.tokens, shape.prompt, shape.candidates, shape.together
     );
     let mb = |b: u64| format!("{:.2}", b as f64 / 1e6);
@@ -258,18 +257,17 @@ pub fn print(
     total.extend(cost.seconds.iter().map(|(_, s)| format!("{s:.1}")));
     total.resize(width, String::new());
     rows.push(total);
-    print!("{}", aligned(&rows, &(1..width).collect::<Vec<_>>()));
-    println!(
-        "set-up {} MB each way and {} MB of keys for the word lookup, once a run",
+    text += &aligned(&rows, &(1..width).collect::<Vec<_>>());
+    text += &format!(
+        "set-up {} MB each way and {} MB of keys for the word lookup, once a run\n",
         mb(cost.setup_bytes[0]),
         mb(cost.lookup_keys)
     );
     let gib = |b: u64| b as f64 / 2f64.powi(30);
-    println!(
-        "memory at most {:.2} and {:.2} GiB at the servers, {:.2} GiB at the assistant; seconds are estimates for two cores",
+    text + &format!(
+        "memory at most {:.2} and {:.2} GiB at the servers, {:.2} GiB at the assistant; seconds are estimates for two cores\n",
         gib(cost.memory[0]),
         gib(cost.memory[1]),
         gib(cost.memory[2])
-    );
-    Ok(())
+    )
 }

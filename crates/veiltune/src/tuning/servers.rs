@@ -28,6 +28,7 @@ use super::lookup::{self, Holder};
 use super::program::{PASSES, Shape, TERMS, Tuning, table_rows, table_width};
 use super::store::{Part, PublicModel, Reader, Store, Writer};
 use super::talk;
+use crate::progress::tell;
 use crate::{Error, Result};
 
 /// The five roles, by their names in certificates.
@@ -287,7 +288,9 @@ pub fn patiently<T>(mut what: impl FnMut() -> Result<T>) -> Result<T> {
         match what() {
             Err(Error::Wire(veiltune_wire::Error::PeerAborted { peer, reason })) if reason == BUSY => {
                 if start.elapsed() > TOLD && !std::mem::replace(&mut told, true) {
-                    eprintln!("{peer} is busy with another run; waiting until it is free");
+                    tell(&format!(
+                        "{peer} is busy with another run; waiting until it is free"
+                    ));
                 }
                 std::thread::sleep(AGAIN);
             }

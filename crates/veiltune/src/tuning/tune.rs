@@ -27,6 +27,8 @@ use super::owner::{self, Addresses, Encoded, Remote};
 use super::program::{Mode, Shape, Texts, Tuning, table_width};
 use super::servers::{Role, Run, Station};
 use super::store::{Listed, PublicModel};
+use crate::progress::tell;
+use crate::report::print;
 use crate::session::hex;
 use crate::{Error, Result};
 
@@ -744,9 +746,9 @@ fn measure<B: InTheClear>(
         }
         if left > 0 {
             let of = examples.len();
-            eprintln!(
+            tell(&format!(
                 "{left} of {of} texts leave the calibrated ranges and count as wrong; --margin widens them"
-            );
+            ));
         }
     }
     let score = |l: &Vec<f32>| Score::of(l, &answers, classes, Loss::CrossEntropy, metric).metric;
@@ -870,10 +872,10 @@ fn optimise(
 ) -> Result<(Answer, Outcome)> {
     let mut tuner = tuner(args, ground, rows, train, (fingerprint, deviation), checkpoint)?;
     if tuner.evaluations() > 0 {
-        eprintln!("going on after {} evaluations", tuner.evaluations());
+        tell(&format!("going on after {} evaluations", tuner.evaluations()));
     }
     if rows.cut > 0 {
-        eprintln!("{}", ground.cut(rows));
+        tell(&ground.cut(rows));
     }
     let stop = stop_after_this_generation()?;
     let metric = ground.task.metric.name();
@@ -891,10 +893,10 @@ fn optimise(
         let passed = bytes().map_or(String::new(), |[sent, received]| {
             format!(", {:.1} MB", (sent + received) as f64 / 1e6)
         });
-        eprintln!(
+        tell(&format!(
             "{} of {} evaluations: {loss}best in validation {metric} {:.3}{passed}{left}",
             p.record.evaluations, p.budget, p.best.score.metric
-        );
+        ));
     });
     let outcome = outcome.map_err(tune)?;
     let artefact = artefact(args, ground, &outcome, (name, fingerprint));
@@ -923,10 +925,10 @@ fn optimise(
         output: args.output.display().to_string(),
     };
     if outcome.ended == Ended::Interrupted {
-        eprintln!(
+        tell(&format!(
             "interrupted after {} evaluations; start the same command again to go on",
             tuner.evaluations()
-        );
+        ));
     }
     Ok((answer, outcome))
 }
@@ -967,7 +969,7 @@ fn stop_after_this_generation() -> Result<Arc<AtomicBool>> {
         if flag.swap(true, Relaxed) {
             std::process::exit(130);
         }
-        eprintln!("stopping after this generation; press Ctrl-C again to stop at once");
+        tell("stopping after this generation; press Ctrl-C again to stop at once");
     });
     handler.map_err(|e| Error::io("catching interruptions")(std::io::Error::other(e)))?;
     Ok(stop)
@@ -1027,12 +1029,7 @@ fn identity(
 
 /// Prints it. An interrupted run is whole as far as it came, but a script has to know.
 fn say(args: &TuneArgs, answer: &Answer, outcome: &Outcome) -> Result<()> {
-    if args.json {
-        let text = serde_json::to_string_pretty(answer).map_err(|e| Error::Input(e.to_string()))?;
-        println!("{text}");
-    } else {
-        print!("{}", summary(answer));
-    }
+    print(args.json, answer, || summary(answer))?;
     match outcome.ended {
         Ended::Interrupted => Err(Error::Interrupted),
         _ => Ok(()),
