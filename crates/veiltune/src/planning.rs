@@ -57,13 +57,13 @@ enum Other {
     /// What tuning a prompt on shares of a language model will cost, by pass and for the whole budget
     ///
     /// Takes what `tune` takes: of the servers' model, or of one that is at hand (--model, without --servers).
-    Tune(crate::tuning::tune::PlanArgs),
+    Tune(crate::tuning::plan::PlanArgs),
 }
 
 /// Runs it.
 pub fn run(args: &PlanArgs) -> Result<()> {
     if let Some(Other::Tune(args)) = &args.other {
-        return crate::tuning::tune::plan(args);
+        return crate::tuning::plan::run(args);
     }
     if !(args.gmacs > 0.0 && args.gmacs.is_finite()) {
         return Err(Error::Input("--gmacs must be a positive number".into()));

@@ -8,11 +8,12 @@ use serde::Serialize;
 use veiltune_tune::{Artefact, Example, answer};
 use veiltune_wire::Network;
 
+use super::ground::Ground;
 use super::layout::tune;
 use super::owner::{self, Addresses, Encoded, Remote};
 use super::program::table_rows;
 use super::servers::{Role, Station};
-use super::tune::{Ground, comparison, find, new_run};
+use super::tune::{comparison, new_run};
 use crate::inputs;
 use crate::report::{aligned, print};
 use crate::{Error, Result};
@@ -165,7 +166,7 @@ pub fn classify(
     network: Network,
 ) -> Result<Labelled> {
     let models = owner::models(station, addresses)?;
-    let fingerprint = find(&models, artefact.base_model_sha256.as_deref()).map_err(|_| {
+    let fingerprint = owner::find(&models, artefact.base_model_sha256.as_deref()).map_err(|_| {
         Error::Input(format!(
             "the prompt was tuned on {} as it was then shared, which the servers do not have; tune it on a model that they \
              have, or have its owner keep the shares",

@@ -7,10 +7,10 @@ use std::time::Duration;
 use clap::Args;
 use veiltune_wire::Network;
 
+use super::args::{AttentionArgs, CalibrationArgs, Servers};
 use super::model;
 use super::servers::{Role, Service, Station, serve, share};
 use super::store::PublicModel;
-use super::tune::{AttentionArgs, CalibrationArgs, Servers};
 use crate::progress::tell;
 use crate::report::say;
 use crate::{Error, Result};

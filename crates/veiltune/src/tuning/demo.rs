@@ -18,9 +18,9 @@ use veiltune_tune::{Artefact, Example, Family, Mode, Prompt, Task};
 use veiltune_wire::Network;
 use veiltune_wire::pki::Authority;
 
+use super::ground::{Ground, initial};
 use super::layout::tune;
 use super::servers::Role;
-use super::tune::initial;
 use crate::progress::tell;
 use crate::report::{aligned, print};
 use crate::{Error, Result};
@@ -400,7 +400,7 @@ fn plainly(
     let mut labels = Vec::new();
     for dir in prompts {
         let artefact = Artefact::read(dir).map_err(tune)?;
-        let ground = super::tune::Ground {
+        let ground = Ground {
             config: &ready.config,
             words: &checkpoint.tokenizer,
             task,
@@ -408,7 +408,7 @@ fn plainly(
             tokens: TOKENS,
             bucket: 8,
         };
-        let logits = super::tune::logits(
+        let logits = super::measure::logits(
             &ground,
             &ready,
             &model,

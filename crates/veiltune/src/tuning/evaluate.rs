@@ -8,9 +8,10 @@ use veiltune_engine::{Backend, Error as EngineError, Fixed, Plain};
 use veiltune_nn::language::LanguageModel;
 use veiltune_tune::{Cause, Evaluate, Prompt, Split};
 
-use super::model::Ready;
+use super::layout::Rows;
+use super::model::{self, Ready};
 use super::owner::Remote;
-use super::program::{Known, Loaded, Pass, Shape, Texts, Tuning, load_model};
+use super::program::{Known, Loaded, Pass, Shape, Texts, Tuning, load_model, table_width};
 use crate::progress::tell;
 use crate::{Error, Result};
 
@@ -252,4 +253,14 @@ impl Evaluate for Remote {
     fn logits(&mut self, split: Split, prompts: &[Prompt]) -> std::result::Result<Vec<f32>, Cause> {
         logits(self, split, prompts).map_err(boxed)
     }
+}
+
+/// The data owner's part as a clear interpreter takes it.
+pub fn texts(ready: &Ready, rows: &Rows, labels: &[u32]) -> Result<Texts> {
+    let mut ids = rows.ids.clone();
+    ids.extend_from_slice(labels);
+    Ok(Texts {
+        words: model::rows(&ready.table, table_width(&ready.config), &ids)?,
+        keep: rows.keep.clone(),
+    })
 }

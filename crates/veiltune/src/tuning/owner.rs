@@ -220,3 +220,33 @@ impl Remote {
         Ok(talk::send_words(&self.links[1], &second)?)
     }
 }
+
+/// The fingerprint of the model that is asked for, of those that the servers have.
+pub fn find(models: &[Listed], name: Option<&str>) -> Result<String> {
+    let known = |models: &[&Listed]| -> String {
+        let one = |m: &&Listed| {
+            format!(
+                "{} ({})",
+                m.name,
+                m.fingerprint.get(..12).unwrap_or(&m.fingerprint)
+            )
+        };
+        models.iter().map(one).collect::<Vec<_>>().join(", ")
+    };
+    let fits = |m: &&Listed| name.is_none_or(|n| m.name == n || m.fingerprint.starts_with(n));
+    let fit: Vec<&Listed> = models.iter().filter(fits).collect();
+    match fit[..] {
+        [model] => Ok(model.fingerprint.clone()),
+        [] => Err(Error::Input(format!(
+            "both servers have {}; have its owner `veiltune share` the model, or give another name to --model",
+            match models.is_empty() {
+                true => "no model".into(),
+                false => known(&models.iter().collect::<Vec<_>>()),
+            }
+        ))),
+        _ => Err(Error::Input(format!(
+            "the servers have {}: say which one with --model, by its name or the beginning of its fingerprint",
+            known(&fit)
+        ))),
+    }
+}

@@ -1,5 +1,6 @@
 //! What a tuning run will cost, before it runs: exact rounds and bytes of each kind of pass and of the whole budget.
 
+use clap::Args;
 use serde::Serialize;
 use veiltune_engine::session::plan;
 use veiltune_engine::{Comparison, Cost, Memory, Party};
@@ -7,11 +8,50 @@ use veiltune_nn::language::LanguageConfig;
 use veiltune_tune::Settings;
 use veiltune_wire::Network;
 
+use super::args::RunArgs;
+use super::ground::Chosen;
 use super::layout::tune;
 use super::lookup;
 use super::program::{Pass, Shape, Tuning, table_rows, table_width};
+use super::servers::Role;
+use super::tune::comparison;
 use crate::report::{self, aligned};
 use crate::{Error, Result};
+
+/// What `veiltune plan tune` takes.
+#[derive(Args, Debug)]
+pub struct PlanArgs {
+    #[command(flatten)]
+    run: RunArgs,
+    /// A JSON object on standard output
+    #[arg(long)]
+    json: bool,
+}
+
+/// Says what a run would cost, on the servers' model or on one that is at hand and could be shared.
+pub fn run(args: &PlanArgs) -> Result<()> {
+    let (run, drawn) = (&args.run, Chosen::draw(&args.run)?);
+    let (config, words) = match run.servers.servers.is_empty() {
+        false => {
+            let (addresses, station) = (run.servers.addresses()?, run.servers.station(Role::DataOwner)?);
+            let public = run.on_servers(&station, &addresses)?;
+            let words = public.words()?;
+            (public.config, words)
+        }
+        true => {
+            let checkpoint = run.open()?;
+            let ready = run
+                .calibration
+                .ready(&checkpoint, run.attention.attention(), run.tokens)?;
+            (ready.config, checkpoint.tokenizer)
+        }
+    };
+    let (_, _, shape) = run.lay_out(&config, &words, &drawn)?;
+    let network = &run.servers.network;
+    let comparison = comparison(&config, &shape, network)?;
+    let cost = cost(&config, &shape, comparison, &run.settings(), network)?;
+    report::print(args.json, &cost, || table(&cost, &shape))
+}
 
 /// Gates that the servers' preparation runs ahead.
 pub const AHEAD: usize = 4;
@@ -192,19 +232,6 @@ pub fn cost(
         generation,
         validation,
     })
-}
-
-/// Prints it.
-pub fn print(
-    model: &LanguageConfig,
-    shape: &Shape,
-    comparison: Comparison,
-    settings: &Settings,
-    network: &Network,
-    json: bool,
-) -> Result<()> {
-    let cost = cost(model, shape, comparison, settings, network)?;
-    report::print(json, &cost, || table(&cost, shape))
 }
 
 fn table(cost: &RunCost, shape: &Shape) -> String {

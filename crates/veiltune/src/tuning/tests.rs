@@ -13,12 +13,14 @@ use veiltune_wire::Network;
 use veiltune_wire::pki::Authority;
 
 use super::commands::public;
+use super::evaluate::texts;
 use super::evaluate::{Clear, InTheClear, loaded};
+use super::ground::{Ground, initial};
 use super::model::{self, Calibration, Ready};
 use super::owner::{self, Addresses, Encoded, Remote};
 use super::program::{Texts, Tuning, table_rows};
 use super::servers::{Role, Service, Station, serve, share};
-use super::tune::{Ground, initial, new_run, texts};
+use super::tune::new_run;
 
 macro_rules! checkpoint {
     ($name:literal) => {
