@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
+use veiltune_engine::Plain;
 use veiltune_engine::session::Program;
-use veiltune_engine::{Comparison, Plain};
 use veiltune_nn::language::LanguageModel;
 use veiltune_tune::{Evaluate, Example, Labelled, Linear, Loss, Prompt, Score, Split};
 
@@ -11,7 +11,7 @@ use super::evaluate::{Clear, InTheClear, texts};
 use super::ground::{Chosen, Ground};
 use super::layout::tune;
 use super::model::{self, Ready};
-use super::program::{Shape, Tuning, table_width};
+use super::program::{Shape, table_width};
 use crate::progress::tell;
 use crate::{Error, Result};
 
@@ -77,13 +77,7 @@ pub fn linear(
 /// Features of the bare texts, `[texts, hidden]`, in float: [`Tuning::pooled`].
 fn pooled(ground: &Ground, ready: &Ready, shape: &Shape, examples: &[&Example]) -> Result<Vec<f32>> {
     let b = Plain::new();
-    let program = Tuning {
-        model: &ready.config,
-        shape,
-        comparison: Comparison::Fss,
-        weights: Some(&ready.weights),
-        known: None,
-    };
+    let program = ready.program(shape);
     let loaded = program.load(&b)?;
     let special = ground.words.special();
     let begin = match ready.config.family.causal() {
@@ -134,13 +128,7 @@ fn logits_at_once<B: InTheClear>(
 ) -> Result<Vec<Vec<f32>>> {
     let rows = ground.rows(examples)?;
     let shape = ground.shape(&rows, examples.len(), prompts.len(), 1);
-    let program = Tuning {
-        model: &ready.config,
-        shape: &shape,
-        comparison: Comparison::Fss,
-        weights: Some(&ready.weights),
-        known: None,
-    };
+    let program = ready.program(&shape);
     let mut clear = Clear::new(program, model, &texts(ready, &rows, &ground.labels()?)?)?;
     let all = clear
         .logits(Split::Train, prompts)

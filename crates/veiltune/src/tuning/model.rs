@@ -2,12 +2,12 @@
 
 use std::path::Path;
 
-use veiltune_engine::{Backend, Owner, Party};
+use veiltune_engine::{Backend, Comparison, Owner, Party};
 use veiltune_hub::{Tensors, Tokenizer};
 use veiltune_nn::language::{Attention, Family, LanguageCheckpoint, LanguageConfig};
 use veiltune_tune::{Cause, Prompt, Specials, Tokenize};
 
-use super::program::table_width;
+use super::program::{Shape, Tuning, table_width};
 use crate::{Error, Result};
 
 /// A model ready to be shared, or to be run in the clear.
@@ -20,6 +20,16 @@ pub struct Ready {
     pub table: Vec<f32>,
     /// Standard deviation of what enters the first layer, without padding.
     pub deviation: f64,
+}
+
+impl Ready {
+    /// The program of whoever has the model, in the clear, where either comparison gives the same.
+    pub fn program<'a>(&'a self, shape: &'a Shape) -> Tuning<'a> {
+        Tuning {
+            weights: Some(&self.weights),
+            ..Tuning::public(&self.config, shape, Comparison::Fss)
+        }
+    }
 }
 
 /// Sample texts for calibration where none are given: what they say hardly matters, but rare words, digits and signs have scores

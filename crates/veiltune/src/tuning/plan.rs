@@ -159,13 +159,7 @@ pub fn cost(
 ) -> Result<RunCost> {
     settings.check().map_err(tune)?;
     let networks = networks(network);
-    let program = Tuning {
-        model,
-        shape,
-        comparison,
-        weights: None,
-        known: None,
-    };
+    let program = Tuning::public(model, shape, comparison);
     let mut before = Cost::default();
     let (mut outside, mut passes) = ([0, 0], Vec::new());
     let mut last = None;

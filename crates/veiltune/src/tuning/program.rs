@@ -197,6 +197,19 @@ pub struct Tuning<'a> {
     pub known: Option<&'a dyn Known>,
 }
 
+impl<'a> Tuning<'a> {
+    /// What all roles know of it.
+    pub fn public(model: &'a LanguageConfig, shape: &'a Shape, comparison: Comparison) -> Tuning<'a> {
+        Tuning {
+            model,
+            shape,
+            comparison,
+            weights: None,
+            known: None,
+        }
+    }
+}
+
 /// The model on a backend, and the texts once they are in.
 pub struct Loaded<B: Backend> {
     model: Arc<LanguageModel<B>>,

@@ -118,13 +118,7 @@ impl Run {
 
     /// The program that it runs.
     pub fn program<'a>(&'a self, model: &'a LanguageConfig) -> Tuning<'a> {
-        Tuning {
-            model,
-            shape: &self.shape,
-            comparison: self.comparison(),
-            weights: None,
-            known: None,
-        }
+        Tuning::public(model, &self.shape, self.comparison())
     }
 }
 

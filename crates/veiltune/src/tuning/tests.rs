@@ -190,13 +190,7 @@ fn run(checkpoint: &LanguageCheckpoint, attention: Attention) {
         .collect();
 
     let texts = texts(&ready, &rows, &labels).unwrap();
-    let program = Tuning {
-        model: &ready.config,
-        shape: &shape,
-        comparison: Comparison::Fss,
-        weights: Some(&ready.weights),
-        known: None,
-    };
+    let program = ready.program(&shape);
     let expected = in_the_clear::<Plain>(program, &ready, &texts, &prompts);
     let close = |got: &[Vec<f32>; 2]| {
         for (got, expected) in got.iter().zip(&expected) {
@@ -297,13 +291,7 @@ fn a_prompt_out_of_range_counts_as_the_worst() {
     let rows = ground.rows(&[&example]).unwrap();
     let shape = ground.shape(&rows, 1, 2, 2);
     let texts = texts(&ready, &rows, &ground.labels().unwrap()).unwrap();
-    let program = Tuning {
-        model: &ready.config,
-        shape: &shape,
-        comparison: Comparison::Fss,
-        weights: Some(&ready.weights),
-        known: None,
-    };
+    let program = ready.program(&shape);
     let mut clear = Clear::new(program, &loaded::<Fixed>(&ready).unwrap(), &texts).unwrap();
     let prompt = |value: f32| Prompt(vec![value; ready.config.hidden_size]);
     let mut logits = |prompts: &[Prompt]| clear.logits(Split::Train, prompts).unwrap();

@@ -161,13 +161,7 @@ fn remote(args: &TuneArgs, chosen: &Chosen) -> Result<()> {
 
 /// How comparisons are cheaper over this network.
 pub fn comparison(config: &LanguageConfig, shape: &Shape, network: &Network) -> Result<Comparison> {
-    let program = Tuning {
-        model: config,
-        shape,
-        comparison: Comparison::Fss,
-        weights: None,
-        known: None,
-    };
+    let program = Tuning::public(config, shape, Comparison::Fss);
     Ok(cheapest_comparison(&program, shape.kinds().len(), network)?)
 }
 
@@ -197,13 +191,7 @@ fn local<B: InTheClear>(args: &TuneArgs, chosen: &Chosen) -> Result<()> {
     let fingerprint = hex(&checkpoint.fingerprint()?);
     let (ground, rows, shape) = args.run.lay_out(&ready.config, &checkpoint.tokenizer, chosen)?;
     let model = loaded::<B>(&ready)?;
-    let program = Tuning {
-        model: &ready.config,
-        shape: &shape,
-        comparison: Comparison::Fss,
-        weights: Some(&ready.weights),
-        known: None,
-    };
+    let program = ready.program(&shape);
     let mut evaluate = Clear::new(program, &model, &texts(&ready, &rows, &ground.labels()?)?)?;
     let name = args.run.model.as_deref().unwrap_or_default();
     let identity = (name, fingerprint.as_str(), ready.deviation);
