@@ -207,13 +207,8 @@ pub fn client(c: &Config<ClientConfig>, tell: Tell, open: &Open) -> Result<()> {
         });
     };
 
-    // An address that is wrong is found before the backbone has run.
-    if let Material::Dealer(address) = &own.material {
-        station.look(Role::Dealer, address)?;
-    }
-    station.look(Role::Provider, &own.provider)?;
-
-    // image -> preprocess -> backbone, in the clear -> what the private part reads
+    // image -> preprocess -> backbone, in the clear -> what the private part reads. Nobody is called before: the time that it
+    // takes tells of the lengths of texts.
     let batch = request.batches.batch.get();
     prepared(
         &preparation,

@@ -227,11 +227,6 @@ impl<'a> Station<'a> {
         Ok(link)
     }
 
-    /// Looks whether a role is where it is said to be, before anything is computed for it.
-    pub fn look(&self, role: Role, address: &str) -> Result<()> {
-        Ok(self.call(role, address)?.close()?)
-    }
-
     /// Ends all links that are open.
     pub fn end(&self, reason: &str) {
         self.open.abort(reason);
