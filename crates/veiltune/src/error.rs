@@ -68,7 +68,7 @@ pub enum Error {
     #[error("{0}: the run did something else than its plan; this is a bug, please report it")]
     Mismatch(String),
     /// Ctrl-C, or a request to terminate.
-    #[error("interrupted; every process of the run has been ended")]
+    #[error("interrupted")]
     Interrupted,
 }
 
