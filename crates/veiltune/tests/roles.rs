@@ -2,11 +2,12 @@
 
 mod common;
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::process::{Child, ExitStatus, Stdio};
 use std::sync::mpsc::{self, Receiver};
+use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -105,18 +106,25 @@ impl World {
             .spawn()
             .unwrap();
         let (tell, events) = mpsc::channel();
-        let (stdout, mut stderr) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
+        let (stdout, stderr) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
         thread::spawn(move || {
             for line in BufReader::new(stdout).lines() {
                 let _ = tell.send(serde_json::from_str(&line.unwrap()).unwrap());
             }
         });
-        let log = thread::spawn(move || {
-            let mut text = String::new();
-            stderr.read_to_string(&mut text).unwrap();
-            text
+        let log = Arc::new(Mutex::new(String::new()));
+        let heard = log.clone();
+        let listening = thread::spawn(move || {
+            for line in BufReader::new(stderr).lines() {
+                *heard.lock().unwrap() += &(line.unwrap() + "\n");
+            }
         });
-        Player { child, events, log }
+        Player {
+            child,
+            events,
+            log,
+            listening,
+        }
     }
 }
 
@@ -134,7 +142,8 @@ fn long(mut client: Value) -> Value {
 struct Player {
     child: Child,
     events: Receiver<Value>,
-    log: JoinHandle<String>,
+    log: Arc<Mutex<String>>,
+    listening: JoinHandle<()>,
 }
 
 struct Ending {
@@ -150,12 +159,22 @@ impl Player {
         event["address"].as_str().unwrap().to_owned()
     }
 
+    /// Waits until the role has said this on standard error.
+    fn says(&self, what: &str) {
+        wait_for(what, LIMIT, || {
+            self.log.lock().unwrap().contains(what).then_some(())
+        });
+    }
+
     fn end(mut self, limit: Duration) -> Ending {
         let status = wait_for("end of a role", limit, || self.child.try_wait().unwrap());
         Ending {
             status,
             events: self.events.iter().collect(),
-            log: self.log.join().unwrap(),
+            log: {
+                self.listening.join().unwrap();
+                std::mem::take(&mut self.log.lock().unwrap())
+            },
         }
     }
 }
@@ -192,13 +211,13 @@ fn strangers_are_sent_away_and_the_run_goes_on() {
         stranger.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
         TcpStream::connect(address).unwrap();
     }
+    for player in [&dealer, &provider] {
+        player.says("does not speak TLS");
+    }
     let client = world.play("client", world.client_config(&provider_at, &dealer_at));
-    for (player, listens) in [(client, false), (provider, true), (dealer, true)] {
+    for player in [client, provider, dealer] {
         let end = player.end(LIMIT);
         assert!(end.status.success(), "{:?} {}", end.events, end.log);
-        if listens {
-            assert!(end.log.contains("does not speak TLS"), "{}", end.log);
-        }
     }
     drop(silent);
 }
@@ -214,8 +233,8 @@ fn a_certificate_of_another_authority_is_not_trusted() {
         .play("client", world.client_config("127.0.0.1:9", &address))
         .end(PROMPTLY)
         .explains(&["certificate", "one authority"]);
-    let log = end_with_input(dealer).log;
-    assert!(log.contains("sent a caller away"), "{log}");
+    dealer.says("sent a caller away");
+    end_with_input(dealer);
 }
 
 #[test]
@@ -330,7 +349,8 @@ fn parties_of_different_dealers_never_begin() {
     provider.end(PROMPTLY).explains(&["dealer", complaint]);
     let [one, other] = dealers;
     // One has sent the provider away, the other's client has gone.
-    assert!(end_with_input(one).log.contains(complaint));
+    one.says(complaint);
+    end_with_input(one);
     other.end(PROMPTLY).explains(&["client"]);
 }
 
@@ -380,7 +400,8 @@ fn callers_that_ask_for_nothing_are_counted() {
     let e = another.recv(&mut [0; 16]).unwrap_err().to_string();
     assert!(e.contains("busy") && e.contains("try again later"), "{e}");
     drop(silent);
-    assert!(end_with_input(dealer).log.contains("sent provider away: busy"));
+    dealer.says("sent provider away: busy");
+    end_with_input(dealer);
 }
 
 #[test]
@@ -426,10 +447,7 @@ fn a_party_that_vanishes_is_missed() {
         "client",
         long(world.client_config(&provider.address(), &dealer_at)),
     );
-    wait_for("first image", LIMIT, || {
-        let event = client.events.recv_timeout(LIMIT).unwrap();
-        (event["event"] == "classified").then_some(())
-    });
+    while client.events.recv_timeout(LIMIT).unwrap()["event"] != "classified" {}
     client.child.kill().unwrap();
     client.child.wait().unwrap();
     provider.end(PROMPTLY).explains(&["client is gone"]);
